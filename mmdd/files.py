@@ -1,0 +1,156 @@
+"""Files that are either whole or absent: atomic writes, and tensors with JSON beside them.
+
+Nothing here unpickles: nested states are split into safetensors and a JSON header.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdd.errors import ArtefactError
+
+_FORMAT_KEY = "mmdd"
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path beside `path`, flush it to disk, rename it into place.
+
+    After a kill at any moment `path` holds its old content or its new one, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp made it private; give it the usual rights
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write` for a string, as UTF-8."""
+    atomic_write(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header into one .safetensors file, atomically."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {_FORMAT_KEY: json.dumps(header, sort_keys=True)}
+    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors on the CPU, header).
+
+    Raises `ArtefactError` naming the file when it is missing, damaged, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} does not exist.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{path} is not a readable .safetensors file ({error}): it is damaged or cut off; "
+            "make it again or fetch a fresh copy."
+        ) from error
+    try:
+        header = json.loads(metadata[_FORMAT_KEY])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ArtefactError(
+            f"{path} is a .safetensors file, but not one that mmdd wrote: its header is missing."
+        ) from error
+    if not isinstance(header, dict):
+        raise ArtefactError(f"{path}: the header is a {type(header).__name__}, not an object.")
+    return tensors, header
+
+
+def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Split nested dicts and lists into (tensors by path, JSON skeleton with references)."""
+    tensors: dict[str, Tensor] = {}
+
+    def visit(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            # Clone: two names may share one storage, which safetensors refuses.
+            tensors[path] = node.detach().clone()
+            return {"tensor": path}
+        if isinstance(node, Mapping):
+            return {"items": [[key, visit(value, f"{path}/{key}")] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list": [visit(value, f"{path}/{i}") for i, value in enumerate(node)]}
+        return {"value": node}
+
+    return tensors, visit(state, "")
+
+
+def unpack_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """The inverse of `pack_state`; tuples come back as lists."""
+    if "tensor" in skeleton:
+        return tensors[skeleton["tensor"]]
+    if "items" in skeleton:
+        return {key: unpack_state(tensors, value) for key, value in skeleton["items"]}
+    if "list" in skeleton:
+        return [unpack_state(tensors, value) for value in skeleton["list"]]
+    return skeleton["value"]
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Save a nested state (dicts, lists, tensors, JSON values) atomically, without pickling."""
+    tensors, skeleton = pack_state(state)
+    save_tensors(path, tensors, {"state": skeleton})
+
+
+def load_state(path: Path) -> Any:
+    """Load what `save_state` wrote. Raises `ArtefactError` naming a damaged file."""
+    tensors, header = load_tensors(path)
+    if "state" not in header:
+        raise ArtefactError(f"{path} holds no saved state: it is another kind of mmdd file.")
+    try:
+        return unpack_state(tensors, header["state"])
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{path}: the saved state is incomplete ({error}).") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
