@@ -1,5 +1,6 @@
 """`SyntheticPairs`, the one artefact that every method starts from and returns."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,12 @@ class SyntheticPairs:
         return stored + 4 * len(self.learning_rates)
 
     def to(self, device: torch.device | str) -> "SyntheticPairs":
-        """The same set with its tensors on another device; shares nothing it had to move."""
+        """The same set with its tensors on another device; this one stays where it is."""
         return SyntheticPairs(
             self.images.to(device),
             self.texts.to(device),
             text_mask=None if self.text_mask is None else self.text_mask.to(device),
-            similarity=None if self.similarity is None else self.similarity.to(device),
+            similarity=copy.deepcopy(self.similarity).to(device),
             learning_rates=self.learning_rates,
             metadata=self.metadata,
         )
