@@ -1,0 +1,526 @@
+"""Decode a folder of images once, into one memory-mapped uint8 array that is whole or absent.
+
+    <cache>/images/<source key>-<size>px/    a finished cache: images.npy, cache.json, journal.jsonl
+    <cache>/images/<work key>.partial/       the same while it is being made
+    <cache>/images/<work key>.lock           held by the process that is making it
+
+The source key is made of the images' names and file sizes and the bytes of a sample of the files:
+moving or copying the images keeps it, and opening a finished cache reads no image. A partial cache
+is picked up where its journal ends; it gets its final name by one rename, after everything in it
+has been synced to disk.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from mmdd.data.decode import Undecodable, decode_image, truncation_is_an_error
+from mmdd.data.report import Report
+from mmdd.errors import DataError
+from mmdd.paths import cache_dir
+
+log = logging.getLogger(__name__)
+
+# Raised whenever the same file would decode to other pixels, so that old caches are not taken up.
+_RECIPE = 1
+# Files whose bytes enter the source key: sizes alone would not tell two sets of bitmaps apart.
+_SAMPLED_FILES = 64
+# At most this much work is lost to a kill; a sync per image would cost more than decoding it.
+_FLUSH_ROWS = 256
+_FLUSH_SECONDS = 1.0
+# Images per task handed to a thread.
+_CHUNK = 8
+_SPARE_BYTES = 64 * 2**20
+
+_DATA, _SIDECAR, _JOURNAL = "images.npy", "cache.json", "journal.jsonl"
+
+Failures = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """Decoded images and what is known about them.
+
+    images: (k, size, size, 3) uint8, a read-only memory map. kept: (k,) int64, for each row its
+    position in the list of names that was asked for. failures: kind of fault → {name: why}, the
+    names without a row. content: sha256 over all pixels. identical: groups of names whose pixels
+    are the same. path: the folder that holds the cache.
+
+    Book: notebooks/01_data.
+    """
+
+    images: np.ndarray
+    kept: np.ndarray
+    failures: Failures
+    content: str
+    identical: list[list[str]]
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One journal line: the outcome for one image, and the file it came from."""
+
+    row: int
+    bytes: int
+    mtime_ns: int
+    pixels: str  # sha256 of the decoded pixels, empty when decoding failed
+    kind: str = ""
+    detail: str = ""
+
+
+_Stat = tuple[int, int] | None  # bytes and modification time; None for no such file
+_Decoded = tuple[_Row, np.ndarray | None]
+
+
+def prepare_images(
+    names: Sequence[str],
+    root: str | Path,
+    size: int,
+    cache: str | Path | None = None,
+    *,
+    on_failures: Callable[[Failures], None] | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> PreparedImages:
+    """Decode every `root/name` to (size, size, 3) uint8, or open the cache an earlier call made.
+
+    names: distinct paths relative to `root`. cache: folder for caches, by default
+    `mmdd.paths.cache_dir()`. on_failures is called once with every image that cannot be decoded,
+    before anything gets its final name; it may raise to refuse them (the default), or return to
+    have them left out. workers: decoding threads, by default one per available core. An
+    interrupted call is continued by the next one, and two processes may ask for the same cache.
+
+    Raises `SourceError` naming every image that cannot be decoded, and `DataError` for no or
+    repeated names, a size below one, no folder `root`, no decodable image, or a full disk.
+
+    Book: notebooks/01_data.
+    """
+    names = list(names)
+    root = Path(root)
+    _check_request(names, root, size)
+    refuse = on_failures or _refuse(root)
+    folder = Path(cache) if cache is not None else cache_dir()
+    folder = folder / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    stats = [_stat(root / name) for name in names]
+    key = _source_key(names, root, stats)
+    final = folder / f"{key[:20]}-{size}px"
+    prepared = _open(final, names, size, key)
+    if prepared is None:
+        work = folder / f"{_work_key(names, root, size)[:20]}.partial"
+        with _only_one(work.with_suffix(".lock")):
+            prepared = _open(final, names, size, key)
+            if prepared is None:
+                _make(work, final, names, root, size, stats, key, refuse, workers, progress)
+                prepared = _open(final, names, size, key)
+                if prepared is None:
+                    raise DataError(f"the image cache {final} vanished or broke: run again.")
+                return prepared
+    if prepared.failures:
+        refuse(prepared.failures)
+    return prepared
+
+
+def default_workers() -> int:
+    """Decoding threads when the caller names no number: one per core this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def _check_request(names: list[str], root: Path, size: int) -> None:
+    if size < 1:
+        raise DataError(f"images cannot be prepared at {size} px: give a size of at least 1.")
+    if not names:
+        raise DataError(f"no image names were given to prepare from {root}.")
+    if len(set(names)) != len(names):
+        raise DataError(f"the names of the images to prepare from {root} are not distinct.")
+    if not root.is_dir():
+        raise DataError(f"the image folder {root} does not exist: check image_root.")
+
+
+def _refuse(root: Path) -> Callable[[Failures], None]:
+    def refuse(failures: Failures) -> None:
+        report = Report(f"images in {root}")
+        report.extend(failures)
+        report.settle("raise")
+
+    return refuse
+
+
+# Keys
+
+
+def _stat(path: Path) -> _Stat:
+    try:
+        found = os.stat(path)
+    except OSError:  # absent, or behind a forbidden folder: the decoder says which
+        return None
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _source_key(names: list[str], root: Path, stats: list[_Stat]) -> str:
+    digest = hashlib.sha256(f"recipe {_RECIPE}\n".encode())
+    for name, found in zip(names, stats, strict=True):
+        digest.update(
+            f"{name}\0{found[0] if found else 'missing'}\n".encode(errors="surrogatepass")
+        )
+    step = max(1, len(names) // _SAMPLED_FILES)
+    for name, found in zip(names[::step], stats[::step], strict=True):
+        if found is None:
+            continue
+        try:
+            with open(root / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
+
+
+def _work_key(names: list[str], root: Path, size: int) -> str:
+    # Says what is being made, not from which bytes: the journal checks each file for itself, so
+    # repairing one image does not cost decoding the others again. Rows of two Pillow versions
+    # must not mix, their decoders may round differently.
+    what = [_RECIPE, PIL.__version__, str(root.resolve()), size, names]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+# Opening a finished cache
+
+
+def _open(folder: Path, names: list[str], size: int, key: str) -> PreparedImages | None:
+    """The finished cache in `folder`, or None when there is none or it is damaged."""
+    try:
+        sidecar = json.loads((folder / _SIDECAR).read_text(encoding="utf-8"))
+        if sidecar["source_key"] != key:
+            return None
+        images = np.load(folder / sidecar["data"], mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        log.warning("the image cache %s is damaged (%s): it will be made again", folder, error)
+        return None
+    failed = {name for group in sidecar["failures"].values() for name in group}
+    kept = np.array([i for i, name in enumerate(names) if name not in failed], dtype=np.int64)
+    if images.dtype != np.uint8 or images.shape != (len(kept), size, size, 3):
+        log.warning("the image cache %s has an unexpected shape: it will be made again", folder)
+        return None
+    return PreparedImages(
+        images, kept, sidecar["failures"], sidecar["content"], sidecar["identical"], folder
+    )
+
+
+# Making a cache
+
+
+class _only_one:
+    """A lock between processes, which the system drops if its holder is killed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = FileLock(path)
+
+    def __enter__(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is preparing these images (%s): waiting", self.path)
+            self.lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.lock.release()
+
+
+def _make(
+    work: Path,
+    final: Path,
+    names: list[str],
+    root: Path,
+    size: int,
+    stats: list[_Stat],
+    key: str,
+    on_failures: Callable[[Failures], None],
+    workers: int | None,
+    progress: bool,
+) -> None:
+    if final.exists():  # `_open` found it damaged
+        shutil.rmtree(final)
+    work.mkdir(exist_ok=True)
+    sealed = _open(work, names, size, key)  # an earlier call was stopped just before the rename
+    if sealed is None:
+        (work / _SIDECAR).unlink(missing_ok=True)
+        try:
+            rows = _decode_all(work, names, root, size, stats, workers, progress)
+            failures = _failures(names, rows)
+            if failures:
+                on_failures(failures)
+            _seal(work, names, size, rows, failures, key, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"the disk is full while preparing images in {work}: make room and run again, "
+                "what is decoded so far is kept."
+            ) from error
+    elif sealed.failures:
+        on_failures(sealed.failures)
+    _tidy(work)
+    try:
+        os.rename(work, final)
+    except OSError:
+        # The same images under another root finished first: one copy is enough.
+        if not final.exists():
+            raise
+        shutil.rmtree(work)
+    _sync_folder(final.parent)
+
+
+def _decode_all(
+    work: Path,
+    names: list[str],
+    root: Path,
+    size: int,
+    stats: list[_Stat],
+    workers: int | None,
+    progress: bool,
+) -> list[_Row]:
+    """Decode what the journal does not already hold; the outcome of every image, in order."""
+    data, journal = work / _DATA, work / _JOURNAL
+    header = _header(len(names), size)
+    row_bytes = size * size * 3
+    length = len(header) + len(names) * row_bytes
+    whole = data.exists() and data.stat().st_size == length
+    done = _read_journal(journal, stats) if whole else {}
+    _allocate(data, header, length, fresh=not done)
+    _write_atomically(journal, "".join(_line(done[i]) for i in sorted(done)))
+    if done:
+        log.info("resuming: %d of %d images already decoded", len(done), len(names))
+    threads = workers or default_workers()
+    todo = [i for i in range(len(names)) if i not in done]
+    started = time.monotonic()
+
+    with (
+        open(data, "r+b", buffering=0) as pixels,
+        open(journal, "a", encoding="utf-8") as lines,
+        tqdm(
+            total=len(names), initial=len(done), desc="decoding", unit="img", disable=not progress
+        ) as bar,
+        truncation_is_an_error(),
+    ):
+        waiting: list[_Row] = []
+        flushed = started
+        for row, array in _decoded(todo, names, root, size, stats, threads):
+            if array is not None:
+                pixels.seek(len(header) + row.row * row_bytes)
+                _write_all(pixels, array)
+            waiting.append(row)
+            done[row.row] = row
+            bar.update()
+            if len(waiting) >= _FLUSH_ROWS or time.monotonic() - flushed >= _FLUSH_SECONDS:
+                _flush(pixels, lines, waiting)
+                waiting, flushed = [], time.monotonic()
+        _flush(pixels, lines, waiting)
+    log.info("decoded %d images to %d px in %.1f s", len(todo), size, time.monotonic() - started)
+    return [done[i] for i in range(len(names))]
+
+
+def _decoded(
+    todo: list[int], names: list[str], root: Path, size: int, stats: list[_Stat], threads: int
+) -> Iterator[_Decoded]:
+    """Outcomes in order, a few chunks ahead of the consumer so that memory stays bounded.
+
+    Threads, not processes: Pillow lets go of the interpreter while it decodes and scales, and
+    threads were as fast or faster on two cores, without a second interpreter's memory.
+    """
+
+    def outcome(row: int) -> _Decoded:
+        length, mtime_ns = stats[row] or (-1, -1)
+        try:
+            array = decode_image(root / names[row], size)
+        except Undecodable as error:
+            return _Row(row, length, mtime_ns, "", error.kind, error.detail), None
+        return _Row(row, length, mtime_ns, hashlib.sha256(array.tobytes()).hexdigest()), array
+
+    chunks = (todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK))
+    pending: deque[Future[list[_Decoded]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        while True:
+            while len(pending) < 2 * threads and (chunk := next(chunks, None)) is not None:
+                pending.append(pool.submit(lambda rows: [outcome(row) for row in rows], chunk))
+            if not pending:
+                return
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _header(rows: int, size: int) -> bytes:
+    """The start of a .npy file of (rows, size, size, 3) uint8."""
+    buffer = io.BytesIO()
+    shape = (rows, size, size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def _allocate(data: Path, header: bytes, length: int, fresh: bool) -> None:
+    """Give the array file its header and full length; with `fresh` nothing of it is kept."""
+    present = 0 if fresh else getattr(data.stat(), "st_blocks", 0) * 512
+    _require_space(data.parent, length - present, "decode to")
+    with open(data, "wb" if fresh else "r+b") as file:
+        file.write(header)
+        file.truncate(length)
+
+
+def _require_space(folder: Path, needed: int, purpose: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + _SPARE_BYTES > free:
+        raise DataError(
+            f"not enough disk space to {purpose} {folder}: {needed / 2**30:.1f} GiB needed, "
+            f"{free / 2**30:.1f} GiB free. Make room, or point MMDD_CACHE at a larger disk."
+        )
+
+
+def _write_all(file, array: np.ndarray) -> None:
+    view = memoryview(array.tobytes())
+    while view:  # an unbuffered write may be short
+        view = view[file.write(view) :]
+
+
+def _flush(pixels, lines, rows: list[_Row]) -> None:
+    # The order matters: a journal line promises that its pixels are on disk.
+    os.fsync(pixels.fileno())
+    lines.writelines(_line(row) for row in rows)
+    lines.flush()
+    os.fsync(lines.fileno())
+
+
+def _line(row: _Row) -> str:
+    return json.dumps(row.__dict__) + "\n"
+
+
+def _read_journal(journal: Path, stats: list[_Stat]) -> dict[int, _Row]:
+    """Rows that were decoded from files which have not changed since. Failures are tried again."""
+    done: dict[int, _Row] = {}
+    try:
+        text = journal.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return done
+    for line in text.splitlines(keepends=True):
+        try:
+            row = _Row(**json.loads(line))
+        except (ValueError, TypeError):
+            break  # cut off by a kill: everything after it is unknown
+        if not line.endswith("\n"):
+            break
+        if row.pixels and stats[row.row] == (row.bytes, row.mtime_ns):
+            done[row.row] = row
+    return done
+
+
+def _failures(names: list[str], rows: list[_Row]) -> Failures:
+    failures: Failures = {}
+    for name, row in zip(names, rows, strict=True):
+        if not row.pixels:
+            failures.setdefault(row.kind, {})[name] = row.detail
+    return failures
+
+
+def _seal(
+    work: Path,
+    names: list[str],
+    size: int,
+    rows: list[_Row],
+    failures: Failures,
+    key: str,
+    progress: bool,
+) -> None:
+    """Close the gaps that failures left, and write the sidecar that declares the cache complete."""
+    kept = [row for row in rows if row.pixels]
+    if not kept:
+        raise DataError(f"none of the {len(names)} images could be decoded.")
+    data = _DATA
+    if failures:
+        data = "kept.npy"
+        offset = len(_header(len(names), size))
+        _copy_rows(work / _DATA, work / data, offset, [row.row for row in kept], size, progress)
+    owners: dict[str, list[str]] = {}
+    for row in kept:
+        owners.setdefault(row.pixels, []).append(names[row.row])
+    content = hashlib.sha256(f"{len(kept)} {size} {size} 3\n".encode())
+    for row in kept:
+        content.update(bytes.fromhex(row.pixels))
+    sidecar = {
+        "data": data,
+        "source_key": key,
+        "size": size,
+        "content": content.hexdigest(),
+        "failures": failures,
+        "identical": [group for group in owners.values() if len(group) > 1],
+        "pillow": PIL.__version__,
+    }
+    _write_atomically(work / _SIDECAR, json.dumps(sidecar, indent=1))
+
+
+def _tidy(work: Path) -> None:
+    """Remove what the sidecar does not name, such as rows from before the gaps were closed."""
+    data = json.loads((work / _SIDECAR).read_text(encoding="utf-8"))["data"]
+    for path in work.iterdir():
+        if path.name not in (data, _SIDECAR, _JOURNAL):
+            path.unlink()
+    _sync_folder(work)
+
+
+def _copy_rows(
+    source: Path, target: Path, offset: int, rows: list[int], size: int, progress: bool
+) -> None:
+    row_bytes = size * size * 3
+    _require_space(target.parent, len(rows) * row_bytes, "leave out undecodable images in")
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        writer.write(_header(len(rows), size))
+        for row in tqdm(rows, desc="compacting", unit="img", disable=not progress):
+            reader.seek(offset + row * row_bytes)
+            writer.write(reader.read(row_bytes))
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
