@@ -28,7 +28,6 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(STAMP)  ## build the book into _build/html; warnings are errors
-	$(BIN)/python tools/book_inputs.py
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	$(BIN)/python tools/check_book.py
 

@@ -23,8 +23,9 @@ Filter = str | int | Iterable[str | int] | None
 @cache
 def _table() -> pd.DataFrame:
     table = pd.read_csv(data_file("published/retrieval.csv"), dtype={"pairs": str})
-    table.insert(table.columns.get_loc("method") + 1, "printed_name", table["method"])
-    table["method"] = [_project_name(name) for name in table["method"]]
+    table = table.rename(columns={"method": "printed_name"})
+    position = list(table.columns).index("printed_name")
+    table.insert(position, "method", [_project_name(name) for name in table["printed_name"]])
     table["note"] = table["note"].fillna("")
     return table
 

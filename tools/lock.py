@@ -55,11 +55,11 @@ def main() -> None:
         options += ["--annotation-style", "line", "--no-emit-index-url"]
         options += ["--no-emit-trusted-host", "--no-emit-find-links", "--no-emit-options"]
         options += ["--upgrade"] if upgrade else []
-        command = [python, "-m", "piptools", "compile", *options]
-        command += ["--output-file", output, "pyproject.toml"]
+        command = [str(python), "-m", "piptools", "compile", *options]
+        command += ["--output-file", str(output), "pyproject.toml"]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"})
         header = (
-            f"# Exact versions for CPython {wanted}, from the ranges in pyproject.toml (all extras).\n"
+            f"# Exact versions for CPython {wanted}, from the ranges in pyproject.toml.\n"
             "# Written by `make lock`; do not edit. Install with `make` or, by hand:\n"
             "#   pip install -r requirements.lock && pip install --no-deps -e .\n"
         )
