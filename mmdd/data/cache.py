@@ -102,9 +102,9 @@ def prepare_images(
     """Decode every `root/name` to (size, size, 3) uint8, or open the cache an earlier call made.
 
     names: distinct paths relative to `root`. cache: folder for caches, by default
-    `mmdd.paths.cache_dir()`. on_failures is called once with every image that cannot be decoded,
-    before anything gets its final name; it may raise to refuse them (the default), or return to
-    have them left out. workers: decoding threads, by default one per available core. An
+    `mmdd.paths.cache_dir()`. on_failures is called once with the images that cannot be decoded
+    (maybe none), before anything gets its final name; it may raise to refuse them (the default),
+    or return to have them left out. workers: decoding threads, by default one per core. An
     interrupted call is continued by the next one, and two processes may ask for the same cache.
 
     Raises `SourceError` naming every image that cannot be decoded, and `DataError` for no or
@@ -134,8 +134,7 @@ def prepare_images(
                 if prepared is None:
                     raise DataError(f"the image cache {final} vanished or broke: run again.")
                 return prepared
-    if prepared.failures:
-        refuse(prepared.failures)
+    refuse(prepared.failures)
     return prepared
 
 
@@ -273,8 +272,7 @@ def _make(
         try:
             rows = _decode_all(work, names, root, size, stats, workers, progress)
             failures = _failures(names, rows)
-            if failures:
-                on_failures(failures)
+            on_failures(failures)
             _seal(work, names, size, rows, failures, key, progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -283,7 +281,7 @@ def _make(
                 f"the disk is full while preparing images in {work}: make room and run again, "
                 "what is decoded so far is kept."
             ) from error
-    elif sealed.failures:
+    else:
         on_failures(sealed.failures)
     _tidy(work)
     try:
