@@ -10,6 +10,7 @@ class IdentitySimilarity(nn.Module):
     """Image i belongs to text i alone; nothing to learn. Book: notebooks/06_lors."""
 
     kind = "identity"
+    _one: Tensor
 
     def __init__(self, n: int) -> None:
         super().__init__()
