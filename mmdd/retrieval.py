@@ -22,7 +22,8 @@ def recall_at_k(
     position of each text's image. IR@K: a text finds its image among the K best (text → image).
     TR@K: an image finds at least one of its texts (image → text). A wrong candidate whose score
     ties with the right one counts as ranked before it, so a model that scores everything alike
-    gets 0. Scores are computed in blocks of `chunk` queries: O(chunk · max(n, t)) memory.
+    gets 0. Scores are computed in float64 and compared in float32, so that equal embeddings tie
+    wherever they stand, in blocks of `chunk` queries: O(chunk · max(n, t)) memory.
 
     Returns {"IR@1": …, "TR@1": …, …, "mean": …}. Raises `DataError` for NaN or infinite
     embeddings, for shapes that do not fit, and for an image without any text.
@@ -63,13 +64,26 @@ def chance_recall(
     return scores
 
 
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products, (q, d) and (n, d) → (q, n) float32.
+
+    A float32 matrix product rounds the columns at the edge of its tiles differently, which breaks
+    the ties of a collapsed model; float64 puts that noise far below the resolution of float32.
+    """
+    scores = keys.new_empty((len(queries), len(keys)), dtype=torch.float32)
+    queries, keys = queries.detach(), keys.detach().double().T
+    for start in range(0, len(queries), 512):  # float64 takes twice the room: in small pieces
+        scores[start : start + 512] = queries[start : start + 512].double() @ keys
+    return scores
+
+
 def _text_to_image_ranks(images: Tensor, texts: Tensor, owner: Tensor, chunk: int) -> Tensor:
     ranks = []
     for start in range(0, len(texts), chunk):
-        block = texts[start : start + chunk] @ images.T  # (q, n)
+        block = _scores(texts[start : start + chunk], images)  # (q, n)
         right = block.gather(1, owner[start : start + chunk, None])
         # The right image itself ties with its own score once; every other tie counts against.
-        ranks.append((block >= right).sum(dim=1) - 1)
+        ranks.append((block >= right).sum(dim=1, dtype=torch.int32) - 1)
     return torch.cat(ranks)
 
 
@@ -80,7 +94,7 @@ def _image_to_text_ranks(images: Tensor, texts: Tensor, owner: Tensor, chunk: in
     ranks = []
     for start in range(0, len(images), chunk):
         stop = min(start + chunk, len(images))
-        block = images[start:stop] @ texts.T  # (q, t)
+        block = _scores(images[start:stop], texts)  # (q, t)
         low, high = int(bounds[start]), int(bounds[stop])
         row = owner[low:high] - start
         own = block[row, torch.arange(low, high, device=owner.device)]
@@ -89,22 +103,20 @@ def _image_to_text_ranks(images: Tensor, texts: Tensor, owner: Tensor, chunk: in
         # Own texts at or above the best are the best itself (and its ties): not rivals.
         own_at_best = torch.zeros(stop - start, dtype=torch.long, device=owner.device)
         own_at_best = own_at_best.scatter_add(0, row, (own >= best[row]).long())
-        ranks.append((block >= best[:, None]).sum(dim=1) - own_at_best)
+        ranks.append((block >= best[:, None]).sum(dim=1, dtype=torch.int32) - own_at_best)
     return torch.cat(ranks)
 
 
-def _check(
-    images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int], chunk: int
-) -> None:
+def _check(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int], chunk: int) -> None:
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
         raise DataError(
             "recall_at_k needs (n, d) images and (t, d) texts; "
             f"got {tuple(images.shape)} and {tuple(texts.shape)}."
         )
-    if owner.shape != (len(texts),) or len(texts) == 0:
+    if owner.is_floating_point() or owner.shape != (len(texts),) or len(texts) == 0:
         raise DataError(
             f"recall_at_k: image_of_text must name one image per text ({len(texts)}, at least "
-            f"one), but has shape {tuple(owner.shape)}."
+            f"one) by an integer, but is {owner.dtype} of shape {tuple(owner.shape)}."
         )
     if chunk < 1 or not ks or min(ks) < 1:
         raise DataError(f"recall_at_k: chunk ({chunk}) and every K ({list(ks)}) must be ≥ 1.")
