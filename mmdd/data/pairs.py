@@ -10,7 +10,7 @@ from mmdd.errors import DataError
 
 
 class PairDataset:
-    """An image–caption dataset held as one uint8 array (possibly a memory map) and lists of strings.
+    """Images with captions: one uint8 array (possibly a memory map) and lists of strings.
 
     images: (n, H, W, 3) uint8, RGB. captions: one list of at least one string per image.
     splits: split name → image indices, each image in at most one split.
@@ -48,6 +48,12 @@ class PairDataset:
                 f"dataset {name!r}: {len(bare)} images have no caption, first at index {bare[0]}: "
                 "drop them before building the dataset."
             )
+        plain = [i for i, texts in enumerate(captions) if isinstance(texts, str)]
+        if plain:
+            raise DataError(
+                f"dataset {name!r}: the captions of image {plain[0]} are one string, not a list of "
+                "strings: wrap a single caption in a list."
+            )
         self.images = images
         self.captions: list[list[str]] = [list(texts) for texts in captions]
         self.name = name
@@ -77,7 +83,9 @@ class PairDataset:
 
     def _compute_fingerprint(self) -> str:
         digest = hashlib.sha256()
-        digest.update(repr((self.images.shape, sorted(self.splits))).encode())
+        # The lengths belong to it: moving a border between two splits changes nothing else.
+        sizes = sorted((split, len(members)) for split, members in self.splits.items())
+        digest.update(repr((self.images.shape, sizes)).encode())
         for start in range(0, len(self.images), 1024):
             digest.update(np.ascontiguousarray(self.images[start : start + 1024]).tobytes())
         digest.update(json.dumps(self.captions, ensure_ascii=False).encode())
@@ -149,9 +157,7 @@ class PairDataset:
 
     def texts_of(self, images: np.ndarray, choice: np.ndarray) -> list[str]:
         """The chosen caption of each image: strings in the order of `images`."""
-        return [
-            self.captions[i][c] for i, c in zip(images.tolist(), choice.tolist(), strict=True)
-        ]
+        return [self.captions[i][c] for i, c in zip(images.tolist(), choice.tolist(), strict=True)]
 
     def _choose_captions(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         counts = np.array([len(self.captions[i]) for i in images.tolist()], dtype=np.int64)
