@@ -106,9 +106,13 @@ def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
 
     def visit(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
+            # The paths in {1: …, "1": …} or {"a/b": …, "a": {"b": …}} look alike: keep both.
+            name = path
+            while name in tensors:
+                name += "#"
             # Clone: two names may share one storage, which safetensors refuses.
-            tensors[path] = node.detach().clone()
-            return {"tensor": path}
+            tensors[name] = node.detach().clone()
+            return {"tensor": name}
         if isinstance(node, Mapping):
             return {"items": [[key, visit(value, f"{path}/{key}")] for key, value in node.items()]}
         if isinstance(node, list | tuple):
