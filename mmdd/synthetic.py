@@ -1,6 +1,8 @@
 """`SyntheticPairs`, the one artefact that every method starts from and returns."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from mmdd.similarity import (
 
 FORMAT = "mmdd.SyntheticPairs"
 VERSION = 1
-_SIMILARITIES = {
-    cls.kind: cls for cls in (IdentitySimilarity, FullSimilarity, LowRankSimilarity)
-}
+_SIMILARITIES = {cls.kind: cls for cls in (IdentitySimilarity, FullSimilarity, LowRankSimilarity)}
+# What a file with a valid checksum but foreign content can make the constructors raise.
+_UNUSABLE = (AttributeError, ConfigError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class SyntheticPairs:
@@ -65,7 +67,9 @@ class SyntheticPairs:
                 f"got {tuple(texts.shape)}."
             )
         if images.dtype != torch.float32 or texts.dtype != torch.float32:
-            raise ConfigError(f"images and texts must be float32, not {images.dtype}, {texts.dtype}.")
+            raise ConfigError(
+                f"images and texts must be float32, not {images.dtype}, {texts.dtype}."
+            )
         if mask is not None and (texts.ndim != 3 or mask.shape != texts.shape[:2]):
             raise ConfigError(
                 f"text_mask of shape {tuple(mask.shape)} does not fit texts {tuple(texts.shape)}."
@@ -100,7 +104,9 @@ class SyntheticPairs:
             self.images.to(device),
             self.texts.to(device),
             text_mask=None if self.text_mask is None else self.text_mask.to(device),
-            similarity=copy.deepcopy(self.similarity).to(device),
+            similarity=(
+                None if self.similarity is None else copy.deepcopy(self.similarity).to(device)
+            ),
             learning_rates=self.learning_rates,
             metadata=self.metadata,
         )
@@ -115,7 +121,7 @@ class SyntheticPairs:
         return tensors
 
     def save(self, path: str | Path) -> None:
-        """Write one .safetensors file, atomically, with a checksum of the tensors in its header.
+        """Write one .safetensors file, atomically, with a checksum of tensors and header.
 
         Book: notebooks/00_start.
         """
@@ -123,7 +129,6 @@ class SyntheticPairs:
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "sha256": tensors_sha256(tensors),
             "learning_rates": self.learning_rates,
             "metadata": self.metadata,
         }
@@ -134,6 +139,7 @@ class SyntheticPairs:
                     "rank": self.similarity.rank,
                     "alpha": self.similarity.alpha,
                 }
+        header["sha256"] = _checksum(tensors, header)
         save_tensors(Path(path), tensors, header)
 
     @classmethod
@@ -150,9 +156,9 @@ class SyntheticPairs:
                 f"{path} has format version {header.get('version')!r}; this mmdd reads version "
                 f"{VERSION}: install the mmdd that wrote it, or a newer one."
             )
-        if tensors_sha256(tensors) != header.get("sha256"):
+        if _checksum(tensors, header) != header.get("sha256"):
             raise ArtefactError(
-                f"{path}: the checksum in the header does not match the tensors: the file was "
+                f"{path}: the checksum in the header does not match the content: the file was "
                 "changed or damaged; fetch a fresh copy."
             )
         try:
@@ -164,8 +170,16 @@ class SyntheticPairs:
                 learning_rates=header["learning_rates"],
                 metadata=header["metadata"],
             )
-        except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+        except _UNUSABLE as error:
             raise ArtefactError(f"{path} is not a usable distilled set: {error}") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    # The header counts too: alpha or a learning rate is as much a part of the set as its pixels.
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    # Through JSON once before sorting: there and back, integer keys turn into strings.
+    text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)
+    return hashlib.sha256(f"{tensors_sha256(tensors)}|{text}".encode()).hexdigest()
 
 
 def _load_similarity(
