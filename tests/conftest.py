@@ -1,0 +1,72 @@
+"""What holds for every test: one thread, throw-away caches, and no way out to the network."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+# Before torch is imported: results are bit-identical for one thread count only.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def throw_away_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`mmdd.paths.cache_dir()` of the tests and their subprocesses is a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMDD_CACHE", str(tmp_path_factory.mktemp("mmdd-cache")))
+        yield
+
+
+def _leaves_this_machine(family: int, kind: int, address: Any) -> bool:
+    """True for a TCP connection to somewhere else.
+
+    Datagram sockets pass: "connecting" one sends nothing, and dask asks for its own address so.
+    """
+    if family not in (socket.AF_INET, socket.AF_INET6) or not kind & socket.SOCK_STREAM:
+        return False
+    host = address[0]
+    if host in ("", "localhost", socket.gethostname()):
+        return False
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    if ip.is_loopback or ip.is_unspecified:
+        return False
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))  # works for the machine's own addresses only
+        except OSError:
+            return True
+    return False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """A connection that leaves this machine is an error, whatever library asks for it."""
+    real_connect, real_connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def refuse_outside(sock: socket.socket, address: Any) -> None:
+        if _leaves_this_machine(sock.family, sock.type, address):
+            raise RuntimeError(
+                f"a test tried to connect to {address!r}: tests use local servers only"
+            )
+
+    def connect(sock: socket.socket, address: Any) -> None:
+        refuse_outside(sock, address)
+        real_connect(sock, address)
+
+    def connect_ex(sock: socket.socket, address: Any) -> int:
+        refuse_outside(sock, address)
+        return real_connect_ex(sock, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr(socket.socket, "connect_ex", connect_ex)
+        yield

@@ -1,0 +1,121 @@
+"""The published tables are whole, consistent with themselves, and found by any name."""
+
+import pandas as pd
+import pytest
+
+from mmdd.errors import ConfigError
+from mmdd.published import RECALLS, published
+
+# (first word of source, dataset, pairs, method) whose printed mean contradicts the printed recalls
+CONTRADICTIONS = {
+    ("MDM", "flickr30k", 500, "lors"),
+    ("MDM", "coco", 100, "herding"),
+    ("MDM", "flickr30k", 500, "herding"),
+}
+
+
+def test_every_row_of_every_table_is_there():
+    table = published()
+    assert len(table) == 156
+    counts = table["source"].str.split(n=1).str[0].value_counts().to_dict()
+    assert counts == {"MDM": 75, "LoRS": 44, "CovMatch": 37}
+    assert not table.duplicated(["source", "dataset", "pairs", "method", "protocol"]).any()
+    # one full-data row for each dataset of LoRS and MDM, one for CovMatch
+    assert table["pairs"].isna().sum() == 6
+    assert (table["pairs"].isna() == (table["method"] == "full")).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "methods", "datasets"), [("LoRS", 7, 2), ("CovMatch", 6, 2), ("MDM", 8, 3)]
+)
+def test_each_table_is_a_full_grid(source, methods, datasets):
+    table = published(source=source, pairs=[100, 200, 500])
+    assert len(table) == methods * datasets * 3
+    assert table["method"].nunique() == methods
+    assert table["dataset"].nunique() == datasets
+
+
+def test_printed_means_are_the_means_of_the_recalls_except_where_the_note_says_so():
+    table = published()
+    complete = table.dropna(subset=list(RECALLS))
+    assert len(complete) == 155
+    off = (complete[list(RECALLS)].mean(axis=1) - complete["mean"]).abs() > 0.05 + 1e-9
+    contradicting = {
+        (row["source"].split()[0], row["dataset"], int(row["pairs"]), row["method"])
+        for _, row in complete[off].iterrows()
+    }
+    assert contradicting == CONTRADICTIONS
+    assert complete.loc[off, "note"].str.contains("printed").all()
+    # besides these, only the number that is not from a paper carries a note
+    assert (table["note"] != "").sum() == len(CONTRADICTIONS) + 1
+
+
+def test_recalls_are_percentages_that_grow_with_k():
+    table = published().dropna(subset=list(RECALLS))
+    values = table[list(RECALLS)]
+    assert ((values >= 0) & (values <= 100)).all(axis=None)
+    for direction in ("IR", "TR"):
+        at_1, at_5, at_10 = (table[f"{direction}@{k}"] for k in (1, 5, 10))
+        assert (at_1 < at_5).all()
+        assert (at_5 < at_10).all()
+
+
+def test_lors_and_the_papers_that_repeat_it_agree_but_for_the_misprint():
+    keys = ["dataset", "pairs", "method"]
+    repeated = ["mtt", "lors", "tesla-wbce"]
+    lors = published(source="LoRS", method=repeated)
+    for other in ("CovMatch", "MDM"):
+        both = lors.merge(published(source=other, method=repeated), on=keys)
+        assert len(both) >= 12
+        different = {
+            (row["dataset"], row["pairs"], row["method"], name)
+            for _, row in both.iterrows()
+            for name in RECALLS
+            if row[f"{name}_x"] != row[f"{name}_y"]
+        }
+        misprint = {("flickr30k", 500, "lors", "TR@5")}
+        assert different == (misprint if other == "MDM" else set())
+
+
+def test_a_known_row():
+    (row,) = published("flickr30k", 500, "covmatch").to_dict("records")
+    assert [row[name] for name in RECALLS] == [14.7, 38.4, 51.4, 19.9, 46.7, 59.5]
+    assert (row["mean"], row["protocol"], row["note"]) == (38.4, "both", "")
+
+
+def test_filters_take_one_value_several_or_the_papers_spelling():
+    by_project = published(method="mtt")
+    assert set(by_project["printed_name"]) == {"MTT-VL"}
+    pd.testing.assert_frame_equal(by_project, published(method="MTT-VL"))
+    assert set(published(pairs=(100, 200))["pairs"]) == {100, 200}
+    assert set(published(pairs="full")["method"]) == {"full"}
+    assert set(published(protocol="both")["source"].str.split().str[0]) == {"CovMatch"}
+
+
+def test_a_filter_may_leave_nothing_without_being_wrong():
+    assert len(published("flickr8k", method="covmatch")) == 0
+
+
+def test_the_caller_may_change_what_it_gets():
+    mine = published()
+    mine["mean"] = 0.0
+    assert published()["mean"].gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("filters", "known"),
+    [
+        ({"dataset": "imagenet"}, "'flickr30k'"),
+        ({"pairs": 150}, "'500', 'full'"),
+        ({"method": ["lors", "magic"]}, "'tesla-wbce'"),
+        ({"protocol": "heads"}, "'image+text_head'"),
+        ({"source": "Nature"}, "'MDM'"),
+    ],
+)
+def test_an_unknown_value_is_refused_with_the_known_ones(filters, known):
+    with pytest.raises(ConfigError) as caught:
+        published(**filters)
+    (column,) = filters
+    assert f"no {column}" in str(caught.value)
+    assert known in str(caught.value)
+    assert "'lors' in" not in str(caught.value), "only the unknown value is complained about"
