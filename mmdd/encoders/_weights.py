@@ -1,6 +1,7 @@
 """Reading pretrained weights without running anything that came with them."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -48,9 +49,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # torch's own message advises to load the file all the same.
+        why = "it holds more than tensors, and reading the rest could run code"
+        raise _unreadable(path, why) from error
     except Exception as error:
-        # A refused pickle is an UnpicklingError, but a damaged file fails with whatever its bytes
-        # happen to trigger (IndexError, UnicodeDecodeError, ...): there is no list to name.
+        # A damaged file fails with whatever its bytes happen to trigger (SafetensorError,
+        # IndexError, UnicodeDecodeError, ...): there is no list to name.
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     if isinstance(content, dict):
         content = next((content[k] for k in _NESTED if isinstance(content.get(k), dict)), content)

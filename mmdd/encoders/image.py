@@ -186,7 +186,8 @@ def _download_timm(name: str, cfg: dict[str, Any], arguments: dict[str, Any]) ->
             f"timm offers no pretrained weights for {name!r}: give a file, or weights=None."
         )
     try:
-        return timm.create_model(name, num_classes=0, pretrained=True, **arguments)
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, num_classes=0, pretrained=True, **arguments)
     except Exception as error:
         # Whatever the HTTP stack raised; the reader needs to know how to go on without it.
         raise DownloadError(

@@ -403,7 +403,8 @@ def _random_config(spec: TextEncoderSpec) -> Any:
 
 def _hash_tokenize(config: Any, max_length: int) -> Tokenize:
     pad = config.pad_token_id or 0
-    start, end = config.bos_token_id, config.eos_token_id
+    start = getattr(config, "bos_token_id", None)
+    end = getattr(config, "eos_token_id", None)
     if start is None or end is None:
         start, end = (i for i in range(3) if i != min(pad, 2))
     size = config.vocab_size
@@ -500,16 +501,17 @@ def _pretrained(spec: TextEncoderSpec) -> tuple[Any, Tokenize]:
                 config=config,
                 local_files_only=local,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name the entries below instead
                 **_model_arguments(model_class),
             )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        extra = sorted(report["unexpected_keys"])
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    misshapen = sorted(entry[0] for entry in report["mismatched_keys"])
+    if missing or misshapen:
         raise ConfigError(
-            f"the weights in {source} do not fill {type(model).__name__}: "
-            f"{len(missing)} entries missing ({', '.join(missing[:4])}), "
-            f"{len(extra)} unexpected ({', '.join(extra[:4]) or 'none'}). "
-            "Use weights made for this architecture."
+            f"the weights in {source} do not fill {type(model).__name__}: entries "
+            f"{len(missing)} missing ({_first(missing)}); "
+            f"{len(misshapen)} of another shape ({_first(misshapen)}); "
+            f"{len(extra)} unexpected ({_first(extra)}). Use weights made for this architecture."
         )
     return model, _folder_tokenize(source, spec, config, local)
 
@@ -522,6 +524,12 @@ def _folder_tokenize(
     with _explained(spec, source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=local, trust_remote_code=False
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Without its files transformers makes an empty tokenizer: every caption would be [UNK]s.
+        raise ConfigError(
+            f"the tokenizer in {source} knows no words: its files (tokenizer.json, or vocab.txt, "
+            "or vocab.json and merges.txt) are missing. Copy them beside the weights."
         )
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
@@ -542,6 +550,10 @@ def _folder_tokenize(
         return batch["input_ids"], batch["attention_mask"].bool()
 
     return tokenize
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "") or "none"
 
 
 @contextmanager
