@@ -6,13 +6,13 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 # Before torch is imported: results are bit-identical for one thread count only.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
