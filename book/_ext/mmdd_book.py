@@ -1,0 +1,175 @@
+"""What the book needs beyond jupyter-book's own configuration, as one small Sphinx extension.
+
+1. The role ``fn`` links a name such as ``mmdd.losses.info_nce`` to the line that defines it, and
+   turns a name that no longer exists into a warning, which the build treats as an error.
+2. The execution cache of jupyter-book looks at a notebook's code cells only. Here it is also keyed
+   on `mmdd/`, the shipped data and the committed results, so a chapter never shows old outputs.
+3. Progress bars that were displayed as widgets are dropped from the pages.
+4. Inline scripts that the extensions of jupyter-book register twice are kept once: a second
+   `const` of the same name is an error in the browser.
+5. MathJax is copied beside the pages when the package sphinx-mathjax-offline is installed, so the
+   book reads without a network; without that package it is fetched from its CDN.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import shutil
+from functools import cache
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import states
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+KEYED = ("mmdd/**/*.py", "data/**/*.safetensors", "data/**/*.csv", "data/**/*.json")
+KEYED_RESULTS = ("results/*.jsonl", "results/shown/*")
+NOT_KEYED = ("data/cache/", "data/downloads/")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MATHJAX_PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_config_value("mmdd_inputs", "", "env")  # a new value makes Sphinx read all pages again
+    app.add_role("fn", function_link)
+    app.connect("config-inited", key_execution_cache)
+    app.connect("config-inited", use_local_mathjax)
+    app.connect("doctree-read", drop_widgets)
+    app.connect("html-page-context", drop_repeated_scripts, priority=900)  # after all others
+    app.connect("build-finished", copy_mathjax)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def function_link(
+    role: str,
+    rawtext: str,
+    text: str,
+    lineno: int,
+    inliner: states.Inliner,
+    options: dict | None = None,
+    content: list[str] | None = None,
+) -> tuple[list[nodes.Node], list[nodes.Node]]:
+    """``{fn}`mmdd.module.name` `` → the name as code, linked to its definition in the repository.
+
+    With a leading ``~`` only the last part of the name is shown.
+    """
+    env = inliner.document.settings.env
+    name = text.lstrip("~")
+    found = find_definition(Path(env.srcdir), name)
+    if found is None:
+        logger.warning("fn role: nothing named %r is defined", name, location=(env.docname, lineno))
+        return [nodes.literal(rawtext, name)], []
+    theme = env.config.html_theme_options
+    path, line = found
+    url = f"{theme['repository_url']}/blob/{theme['repository_branch']}/{path}#L{line}"
+    reference = nodes.reference(rawtext, "", refuri=url)
+    reference += nodes.literal(rawtext, name.rsplit(".", 1)[-1] if text.startswith("~") else name)
+    return [reference], []
+
+
+def find_definition(root: Path, name: str) -> tuple[str, int] | None:
+    """(path relative to root, line) of a module, function, class or method; None if absent."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        stem = root.joinpath(*parts[:length])
+        for file in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if file.is_file():
+                line = _line_in(file.read_text(encoding="utf-8"), tuple(parts[length:]))
+                return None if line is None else (file.relative_to(root).as_posix(), line)
+    return None
+
+
+@cache
+def _line_in(source: str, path: tuple[str, ...]) -> int | None:
+    node: ast.AST = ast.parse(source)
+    line = 1
+    for part in path:
+        for child in ast.iter_child_nodes(node):
+            if _defines(child, part):
+                node, line = child, child.lineno  # type: ignore[attr-defined]
+                break
+        else:
+            return None
+    return line
+
+
+def _defines(node: ast.AST, name: str) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return node.name == name
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+def inputs_digest(root: Path) -> str:
+    """SHA-256 over the files, besides a notebook's own cells, that decide what a chapter shows."""
+    digest = hashlib.sha256()
+    for pattern in (*KEYED, *KEYED_RESULTS):
+        for file in sorted(root.glob(pattern)):
+            relative = file.relative_to(root).as_posix()
+            if file.is_file() and not relative.startswith(NOT_KEYED):
+                digest.update(relative.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def key_execution_cache(app: Sphinx, config: Config) -> None:
+    """One execution cache per state of the inputs; the caches of earlier states are removed."""
+    config.mmdd_inputs = inputs_digest(Path(app.srcdir))
+    if config.nb_execution_mode != "cache" or config.nb_execution_cache_path:
+        return
+    folder = Path(app.outdir).parent / ".jupyter_cache"
+    current = folder / config.mmdd_inputs[:16]
+    if folder.is_dir():
+        for old in folder.iterdir():
+            if old != current:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    config.nb_execution_cache_path = str(current)
+
+
+def drop_widgets(app: Sphinx, doctree: nodes.document) -> None:
+    """Remove outputs that are widgets: in a finished notebook they are spent progress bars."""
+    for bundle in list(doctree.findall(nodes.container)):
+        if bundle.get("nb_element") == "mime_bundle" and any(
+            isinstance(child, nodes.Element) and child.get("mime_type") == WIDGET
+            for child in bundle.children
+        ):
+            bundle.parent.remove(bundle)
+
+
+def drop_repeated_scripts(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+) -> None:
+    # An inline script has the file name "" in one place and None in the other.
+    files = context.get("script_files", [])
+    context["script_files"] = list(
+        {(file.filename or "", file.attributes.get("body")): file for file in files}.values()
+    )
+
+
+def mathjax_folder() -> Path | None:
+    """Where sphinx-mathjax-offline keeps MathJax, or None when it is not installed."""
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "static" / "mathjax"
+
+
+def use_local_mathjax(app: Sphinx, config: Config) -> None:
+    if mathjax_folder() is not None:
+        config.mathjax_path = "mathjax/tex-chtml.js"
+
+
+def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+    source = mathjax_folder()
+    if exception is not None or source is None or app.builder.format != "html":
+        return
+    for part in MATHJAX_PARTS:  # the rest of the package, 20 MB, is never asked for
+        target = Path(app.outdir) / "_static" / "mathjax" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source / part, target)
