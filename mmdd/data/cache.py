@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def prepare_images(
     prepared = _open(final, names, size, key)
     if prepared is None:
         work = folder / f"{_work_key(names, root, size)[:20]}.partial"
-        with _only_one(work.with_suffix(".lock")):
+        with _locked(work.with_suffix(".lock")):
             prepared = _open(final, names, size, key)
             if prepared is None:
                 _make(work, final, names, root, size, stats, key, refuse, workers, progress)
@@ -233,22 +234,19 @@ def _open(folder: Path, names: list[str], size: int, key: str) -> PreparedImages
 # Making a cache
 
 
-class _only_one:
-    """A lock between processes, which the system drops if its holder is killed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = FileLock(path)
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another process is preparing these images (%s): waiting", self.path)
-            self.lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.lock.release()
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out; the system drops the lock if its holder is killed."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process is preparing these images (%s): waiting", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make(

@@ -60,24 +60,9 @@ def read_karpathy(
 
     Source: Karpathy and Fei-Fei, CVPR 2015. Book: notebooks/01_data.
     """
-    path = Path(json_path)
     _check_on_error(on_error)
-    listing = _Listing([path], Path(image_root))
-    content = _load_json(path)
-    for position, entry in enumerate(_list_of(content, "images", path)):
-        where = f"images[{position}]"
-        file_name = entry.get("filename")
-        if not isinstance(file_name, str) or not file_name:
-            listing.report.add("entry without a file name", where)
-            continue
-        folder = entry.get("filepath") or ""
-        image = listing.resolve(str(folder), file_name)
-        split = entry.get("split")
-        split = "train" if split == "restval" else split
-        sentences = entry.get("sentences")
-        texts = [_sentence(s) for s in sentences] if isinstance(sentences, list) else []
-        listing.add(image, texts, split if isinstance(split, str) else None)
-    default = str(content.get("dataset") or path.stem.removeprefix("dataset_"))
+    # A function of its own, so that the parsed JSON (a gigabyte for COCO) is gone while decoding.
+    listing, default = _list_karpathy(Path(json_path), Path(image_root))
     return _build(listing, size, cache, on_error, workers, progress, name or default)
 
 
@@ -282,6 +267,26 @@ def _list_of(content: dict[str, Any], key: str, path: Path) -> list[dict[str, An
             f"{path} has no list of objects {key!r}: is it a captions file of this kind?"
         )
     return entries
+
+
+def _list_karpathy(path: Path, root: Path) -> tuple[_Listing, str]:
+    listing = _Listing([path], root)
+    content = _load_json(path)
+    for position, entry in enumerate(_list_of(content, "images", path)):
+        where = f"images[{position}]"
+        file_name = entry.get("filename")
+        if not isinstance(file_name, str) or not file_name:
+            listing.report.add("entry without a file name", where)
+            continue
+        folder = entry.get("filepath") or ""
+        image = listing.resolve(str(folder), file_name)
+        split = entry.get("split")
+        split = "train" if split == "restval" else split
+        sentences = entry.get("sentences")
+        texts = [_sentence(s) for s in sentences] if isinstance(sentences, list) else []
+        listing.add(image, texts, split if isinstance(split, str) else None)
+    default = str(content.get("dataset") or path.stem.removeprefix("dataset_"))
+    return listing, default
 
 
 def _list_coco(listing: _Listing, path: Path, split: str | None) -> None:
