@@ -42,7 +42,11 @@ _COUNT = {2: ("two", "a pair of"), 3: ("three",)}
 _ROW = (("upper", "top"), ("lower", "bottom"))
 _COLUMN = ("left", "right")
 # How often an attribute of an object is mentioned.
-_MENTION = {"size": 0.40, "texture": 0.45, "colour": 0.80, "shape": 0.88, "background": 0.6}
+_MENTION = {"size": 0.45, "texture": 0.50, "colour": 0.88, "shape": 0.92, "background": 0.7}
+
+# How often each of the seven templates is used, as upper edges of a uniform number: those that
+# name two objects or more come more often.
+_TEMPLATE_EDGES = (0.20, 0.42, 0.52, 0.60, 0.68, 0.84)
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
@@ -50,7 +54,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     say = _Speaker(rng)
     order = sorted(scene.objects, key=lambda _: rng.random())
     first, second = order[0], order[1]
-    template = int(rng.random() * 7)
+    template = int(np.searchsorted(_TEMPLATE_EDGES, rng.random(), side="right"))
     if template == 0:
         joint = say.one("and", "next to", "with")
         return f"{say.object(first)} {joint} {say.object(second)}"
@@ -59,7 +63,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     if template == 2:
         return f"{say.object(first)} {say.one('on', 'over')} {say.background(scene)}"
     if template == 3:
-        return f"{say.object(first)} {say.corner(first)}"
+        return f"{say.object(first)} {say.corner(first)} on {say.background(scene)}"
     if template == 4:
         things = say.one("shapes", "things", "objects")
         count = say.one(*_COUNT[len(scene.objects)])
@@ -120,18 +124,18 @@ class _Speaker:
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
+_OTHER_WORDS = """
+a an and next to with on over , one is of the left right above higher than below under in at corner
+background ground picture there i see shapes things objects pair two three upper top lower bottom
+red orange yellow green blue purple white black grey beige teal navy pink olive
+"""
+
+
 def _vocabulary() -> tuple[str, ...]:
-    words: set[str] = set(
-        "a an and next to with on over , one is of the left right above higher than below under "
-        "in at corner background ground picture there i see shapes things objects pair two three "
-        "upper top lower bottom".split()
-    )
+    words = set(_OTHER_WORDS.split()) | set(_THING)
     for table in (_SHAPE_WORDS, _SIZE_WORDS, _TEXTURE_WORDS, _PATTERN_WORDS):
         for synonyms in table.values():
             words.update(synonyms)
-    words.update(_THING)
-    words.update("red orange yellow green blue purple white black".split())
-    words.update("grey beige teal navy pink olive".split())
     return tuple(sorted(words))
 
 

@@ -27,7 +27,7 @@ COLOURS = {
     "white": (0.97, 0.97, 0.97),
     "black": (0.05, 0.05, 0.06),
 }
-SIZES = {"small": 0.125, "large": 0.205}  # radius as a share of the picture's width
+SIZES = {"small": 0.135, "large": 0.22}  # radius as a share of the picture's width
 TEXTURES = ("solid", "striped", "dotted")
 TEXTURE_SHARE = (0.50, 0.25, 0.25)
 HUES = {
@@ -61,7 +61,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, before the jitter of rendering: two or three objects on a background."""
+    """What a picture shows before the jitter: two or three objects on a background."""
 
     hue: str
     pattern: str
@@ -163,7 +163,9 @@ def render(scenes: list[Scene], size: int, stream: tuple[int, ...] = (0,)) -> np
     out = np.empty((len(scenes), size, size, 3), dtype=np.uint8)
     block = max(1, (1 << 18) // (size * size))  # bounds the temporary arrays to some megabytes
     for start in range(0, len(scenes), block):
-        out[start : start + block] = _render_block(scenes[start : start + block], size, stream, start)
+        out[start : start + block] = _render_block(
+            scenes[start : start + block], size, stream, start
+        )
     return out
 
 

@@ -1,0 +1,182 @@
+"""Batches on a device: real pairs from a dataset, and pairs of a distilled set."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdd.data.pairs import PairDataset
+from mmdd.encoders.dual import DualEncoder
+from mmdd.protocols import Protocol, text_is_tokens
+from mmdd.synthetic import SyntheticPairs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (m, 3, H, W) in [0, 1] and the texts that belong to them, row by row.
+
+    texts: (m, L) token ids, (m, L, e) token embeddings or (m, d_l) vectors; mask: (m, L) or None.
+    index: (m,) rows of the set the batch was taken from.
+    """
+
+    images: Tensor
+    texts: Tensor
+    mask: Tensor | None
+    index: Tensor
+
+
+def pixels(images: np.ndarray, device: torch.device) -> Tensor:
+    """(m, H, W, 3) uint8 → (m, 3, H, W) float32 in [0, 1]; divided on the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+class TextTable:
+    """Every caption of a split in the form that a protocol feeds to the model, computed once.
+
+    Under a protocol with a frozen text encoder these are the encoder's vectors; else token ids.
+    `rows(images, choice)` finds the row of an image's caption.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        split: str,
+        model: DualEncoder,
+        protocol: Protocol,
+        device: torch.device,
+        block: int = 512,
+    ) -> None:
+        texts, owner = dataset.caption_table(split)
+        members = dataset.indices(split)
+        counts = np.bincount(owner, minlength=len(members))
+        self._first = np.full(len(dataset), -1, dtype=np.int64)
+        self._first[members] = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self.image_of_text = owner
+        self.mask: Tensor | None
+        ids, mask = model.text_encoder.tokenize(texts)
+        width = int(mask.sum(dim=1).max())  # columns that are padding everywhere cost time only
+        ids, mask = ids[:, :width].to(device), mask[:, :width].to(device)
+        if text_is_tokens(protocol):
+            self.texts, self.mask = ids, mask
+            return
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            parts = [
+                model.text_features(ids[i : i + block], mask[i : i + block])
+                for i in range(0, len(ids), block)
+            ]
+        model.train(was_training)
+        self.texts, self.mask = torch.cat(parts), None
+
+    def rows(self, images: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        return self._first[images] + choice
+
+
+class RealBatches:
+    """Batches of real pairs of one split: random draws, or seeded epochs.
+
+    Frozen text features are computed once; images stay uint8 until they are on the device.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        split: str,
+        model: DualEncoder,
+        protocol: Protocol,
+        device: torch.device,
+    ) -> None:
+        self.dataset, self.split, self.device = dataset, split, device
+        self.table = TextTable(dataset, split, model, protocol, device)
+
+    def __len__(self) -> int:
+        return len(self.dataset.indices(self.split))
+
+    def take(self, images: np.ndarray, choice: np.ndarray) -> Batch:
+        """The pairs of given images with given captions, in their order."""
+        rows = torch.from_numpy(self.table.rows(images, choice)).to(self.device)
+        mask = self.table.mask
+        return Batch(
+            pixels(self.dataset.images[images], self.device),
+            self.table.texts[rows],
+            None if mask is None else mask[rows],
+            torch.from_numpy(images),
+        )
+
+    def draw(self, size: int, rng: np.random.Generator) -> Batch:
+        """A random batch of at most `size` pairs without repetition."""
+        return self.take(*self.dataset.draw(self.split, size, rng))
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """One pass over the split in a seeded order, one random caption per image."""
+        for images, choice in self.dataset.batches(self.split, batch_size, seed, epoch):
+            yield self.take(images, choice)
+
+
+class SetBatches:
+    """Seeded epochs over a distilled set that lies on the device as a whole."""
+
+    def __init__(self, pairs: SyntheticPairs, device: torch.device) -> None:
+        self.pairs, self.device = pairs.to(device), device
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, index: Tensor) -> Batch:
+        """The pairs at `index` (k,) int64, in its order."""
+        mask = self.pairs.text_mask
+        return Batch(
+            self.pairs.images[index],
+            self.pairs.texts[index],
+            None if mask is None else mask[index],
+            index,
+        )
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """One pass over the set in a seeded order."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        for rows in torch.from_numpy(order).to(self.device).split(batch_size):
+            yield self.take(rows)
+
+
+def real_pairs(
+    dataset: PairDataset,
+    images: np.ndarray,
+    choice: np.ndarray,
+    model: DualEncoder,
+    protocol: Protocol,
+) -> SyntheticPairs:
+    """Real pairs as a set of the form a protocol wants: vectors, or token embeddings and mask.
+
+    images: (N,) indices into the dataset; choice: (N,) caption numbers. The model gives the text
+    its form and must be on the CPU or any one device; the set comes back on the CPU.
+    """
+    device = next(model.parameters()).device
+    ids, mask = model.text_encoder.tokenize(dataset.texts_of(images, choice))
+    width = int(mask.sum(dim=1).max())
+    ids, mask = ids[:, :width].to(device), mask[:, :width].to(device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        if text_is_tokens(protocol):
+            texts = model.text_encoder.embed(ids)
+        else:
+            texts = model.text_features(ids, mask)
+    model.train(was_training)
+    return SyntheticPairs(
+        pixels(dataset.images[images], torch.device("cpu")),
+        texts.float().cpu(),
+        text_mask=mask.cpu() if text_is_tokens(protocol) else None,
+        metadata={
+            "dataset": dataset.name,
+            "dataset_fingerprint": dataset.fingerprint,
+            "protocol": protocol,
+            "source_images": images.tolist(),
+            "source_captions": choice.tolist(),
+            "licence": dataset.metadata.get("licence", "that of the source dataset"),
+        },
+    )

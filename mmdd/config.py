@@ -1,0 +1,122 @@
+"""What a run is: one validated configuration, refused when a key or value makes no sense."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+from mmdd.distill import METHODS, Method
+from mmdd.encoders import ModelConfig
+from mmdd.errors import ConfigError
+from mmdd.evaluation import EvaluationConfig
+from mmdd.protocols import Protocol
+from mmdd.selection import SELECTORS
+
+
+class DatasetConfig(BaseModel):
+    """Which pairs: the embedded Scenes, or files on disk read by a reader.
+
+    reader: "scenes" renders; "karpathy", "coco" and "flickr8k" read `RuntimeConfig.data`. size:
+    pixels a side. train, val, test: numbers of scenes, or for a reader the largest number of
+    images to take from each split (None takes all). seed: of the rendering.
+    Book: notebooks/01_data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "scenes"
+    reader: Literal["scenes", "karpathy", "coco", "flickr8k"] = "scenes"
+    size: int = Field(default=32, ge=8)
+    seed: int = Field(default=0, ge=0)
+    train: int | None = Field(default=None, ge=2)
+    val: int | None = Field(default=None, ge=1)
+    test: int | None = Field(default=None, ge=1)
+
+
+class RuntimeConfig(BaseModel):
+    """Where and how a run is carried out; none of it belongs to the run's identity.
+
+    device: "auto" takes a GPU if there is one. data: folder of the dataset's files. autocast:
+    bfloat16 on a GPU. checkpoint_every: iterations between checkpoints.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    data: str | None = None
+    autocast: bool = False
+    checkpoint_every: int = Field(default=50, ge=1)
+    progress: bool = True
+    on_error: Literal["raise", "drop"] = "raise"
+
+
+class RunConfig(BaseModel):
+    """One run: a dataset, a model, a method at a budget, an evaluation protocol, a seed.
+
+    method: a name in `mmdd.distill.METHODS`, a selection, or "full" (train on the whole train
+    split, `pairs` is ignored). init: the selection that a distillation starts from. settings: the
+    method's own configuration. sweep: the group that the record is filed under; it and `runtime`
+    are not part of the run's identity. Unknown keys are refused.
+
+    Book: notebooks/run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "covmatch"
+    pairs: int = Field(default=100, ge=1)
+    protocol: Protocol = "both"
+    seed: int = Field(default=0, ge=0)
+    init: str = "random"
+    dataset: DatasetConfig = DatasetConfig()
+    model: ModelConfig = ModelConfig()
+    settings: SerializeAsAny[BaseModel] | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        method = values.get("method", "covmatch")
+        known = [*METHODS, *SELECTORS, "full"]
+        if method not in known:
+            raise ValueError(f"method {method!r} is unknown; known: {', '.join(known)}")
+        if values.get("init", "random") not in SELECTORS:
+            raise ValueError(f"init {values['init']!r} is unknown; known: {', '.join(SELECTORS)}")
+        settings = values.get("settings")
+        if method in METHODS:
+            kind = METHODS[method].config
+            if not isinstance(settings, kind):
+                dumped = settings.model_dump() if isinstance(settings, BaseModel) else settings
+                values["settings"] = kind.model_validate(dumped or {})
+        elif settings:
+            raise ValueError(f"method {method!r} has no settings, but some were given")
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON values."""
+        dumped = self.model_dump(mode="json", exclude={"sweep", "runtime"})
+        if self.method == "full":
+            dumped.pop("pairs")
+        if self.method not in METHODS:
+            dumped.pop("init")
+        return dumped
+
+    @property
+    def run_id(self) -> str:
+        """16 hex digits naming the run: a hash of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def method_entry(config: RunConfig) -> Method:
+    """The registry entry of a distillation run. Raises `ConfigError` for a selection."""
+    if config.method not in METHODS:
+        raise ConfigError(f"{config.method!r} selects pairs, it does not distil.")
+    return METHODS[config.method]

@@ -1,0 +1,210 @@
+"""The one distillation loop: progress, checkpoints, resume, and a guard against non-finite numbers.
+
+A method says how to get gradients (`backward`) and what follows a step (`after_step`); everything
+else is here. All randomness of an iteration is drawn from (seed, iteration), so that a run that was
+killed goes on from its checkpoint to the same bits as one that was not.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmdd.batches import RealBatches
+from mmdd.encoders.dual import DualEncoder
+from mmdd.errors import ArtefactError, NonFiniteError
+from mmdd.files import load_state, save_state
+from mmdd.protocols import Protocol
+from mmdd.synthetic import SyntheticPairs
+
+HISTORY_POINTS = 200  # what a record keeps of the losses
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method works with: where it starts, real batches, the model, the protocol, a seed.
+
+    autocast: forward passes in bfloat16 (GPU). The model is the method's own copy to change.
+    """
+
+    start: SyntheticPairs
+    real: RealBatches
+    model: DualEncoder
+    protocol: Protocol
+    seed: int
+    autocast: bool = False
+
+
+class Distiller(ABC):
+    """What the loop needs of a method. One file per family in `mmdd/distill/` implements it.
+
+    A constructor takes the method's validated configuration and the context, sets `optimizer`, and
+    must not draw from global generators. Book: notebooks/07_covmatch.
+    """
+
+    name: str
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: Any, context: Context) -> None:
+        self.config, self.context, self.seed = config, context, context.seed
+
+    @abstractmethod
+    def learnables(self) -> dict[str, Tensor]:
+        """The tensors being learned, by name; `backward` fills their .grad."""
+
+    @abstractmethod
+    def backward(self, iteration: int) -> dict[str, float]:
+        """Put gradients on the learnables; return the loss ("loss") and its named terms."""
+
+    def after_step(self, iteration: int) -> dict[str, float]:
+        """What follows the step on the set, such as a model update; terms to show, if any."""
+        return {}
+
+    @abstractmethod
+    def export(self) -> SyntheticPairs:
+        """The set as it is now."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on (tensors and JSON values)."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+    def hint(self) -> str:
+        """What to change when the loss diverges."""
+        return "lower its learning rates"
+
+    def rng(self, stream: int, iteration: int) -> np.random.Generator:
+        """The generator of one purpose (stream) in one iteration."""
+        return np.random.default_rng([self.seed, stream, iteration])
+
+
+@dataclass
+class Progress:
+    """What a finished (or stopped) loop knows: losses over iterations, time, memory."""
+
+    iterations: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+    def thinned(self, points: int = HISTORY_POINTS) -> dict[str, list[float]]:
+        """The losses at no more than `points` evenly spaced iterations, with those iterations."""
+        length = max((len(values) for values in self.history.values()), default=0)
+        keep = np.unique(np.linspace(0, length - 1, min(points, length)).astype(int)).tolist()
+        thin = {name: [round(v[i], 6) for i in keep] for name, v in self.history.items()}
+        return {"iteration": [float(i) for i in keep], **thin}
+
+
+def distill(
+    method: Distiller,
+    iterations: int,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 50,
+    clip: float | None = None,
+    progress: bool = True,
+    callback: Callable[[int, SyntheticPairs], None] | None = None,
+    callback_every: int = 50,
+) -> tuple[SyntheticPairs, Progress]:
+    """Run a method for a number of iterations; returns the set and what the run cost.
+
+    checkpoint: a file to go on from if it exists, and to write every `checkpoint_every`
+    iterations, atomically. clip: largest norm of each learnable's gradient. callback: called with
+    (finished iterations, a copy of the set) every `callback_every` iterations and at the end.
+
+    Raises `NonFiniteError` at the first loss or gradient that is not finite, with the method, the
+    iteration and the setting to change; the set before it is kept beside the checkpoint as
+    `<checkpoint>.last_good.safetensors`. Book: notebooks/07_covmatch.
+    """
+    done = _resume(method, checkpoint)
+    process = psutil.Process()
+    bar = tqdm(
+        range(done.iterations, iterations),
+        initial=done.iterations,
+        total=iterations,
+        desc=method.name,
+        unit="it",
+        disable=not progress,
+    )
+    for iteration in bar:
+        begin = time.perf_counter()
+        method.optimizer.zero_grad(set_to_none=True)
+        terms = method.backward(iteration)
+        _guard(method, iteration, terms, checkpoint)
+        if clip is not None:
+            for tensor in method.learnables().values():
+                if tensor.grad is not None:
+                    torch.nn.utils.clip_grad_norm_([tensor], clip)
+        method.optimizer.step()
+        terms |= method.after_step(iteration)
+        done.seconds += time.perf_counter() - begin
+        done.iterations = iteration + 1
+        for name, value in terms.items():
+            done.history.setdefault(name, []).append(value)
+        if iteration % 10 == 0 or done.iterations == iterations:
+            done.peak_memory_bytes = max(done.peak_memory_bytes, _memory(process))
+            bar.set_postfix(loss=f"{terms['loss']:.4g}", GB=f"{done.peak_memory_bytes / 1e9:.2f}")
+        last = done.iterations == iterations
+        if checkpoint is not None and (last or done.iterations % checkpoint_every == 0):
+            save_state(checkpoint, {"method": method.state_dict(), "progress": vars(done)})
+        if callback is not None and (last or done.iterations % callback_every == 0):
+            callback(done.iterations, method.export())
+    bar.close()
+    return method.export(), done
+
+
+def _resume(method: Distiller, checkpoint: Path | None) -> Progress:
+    if checkpoint is None or not checkpoint.exists():
+        return Progress()
+    state = load_state(checkpoint)
+    try:
+        method.load_state_dict(state["method"])
+        return Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{checkpoint} does not fit this run of {method.name} ({error}): it belongs to other "
+            "settings. Remove it to start again."
+        ) from error
+
+
+def _guard(
+    method: Distiller, iteration: int, terms: dict[str, float], checkpoint: Path | None
+) -> None:
+    bad = [name for name, value in terms.items() if not np.isfinite(value)]
+    bad += [
+        f"gradient of {name}"
+        for name, tensor in method.learnables().items()
+        if tensor.grad is not None and not torch.isfinite(tensor.grad).all()
+    ]
+    if not bad:
+        return
+    kept = "nothing was kept, as no checkpoint was asked for"
+    if checkpoint is not None:
+        finite = all(bool(torch.isfinite(t).all()) for t in method.learnables().values())
+        if finite:
+            path = checkpoint.with_suffix(".last_good.safetensors")
+            method.export().save(path)
+            kept = f"the last good set is in {path}"
+        else:
+            kept = f"the last good state is the checkpoint {checkpoint}"
+    raise NonFiniteError(
+        f"{method.name}, iteration {iteration}: not finite: {', '.join(bad)}. "
+        f"Likely cure: {method.hint()}; {kept}."
+    )
+
+
+def _memory(process: psutil.Process) -> int:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return int(torch.cuda.max_memory_allocated())
+    return int(process.memory_info().rss)

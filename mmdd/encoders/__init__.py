@@ -1,0 +1,17 @@
+"""Image and text encoders by name, and the dual encoder that a retrieval model is."""
+
+from mmdd.encoders.dual import PAIRS, DualEncoder, EncoderPair, ModelConfig, build_model
+from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec
+from mmdd.encoders.text import TextEncoder, TextEncoderSpec
+
+__all__ = [
+    "PAIRS",
+    "DualEncoder",
+    "EncoderPair",
+    "ImageEncoder",
+    "ImageEncoderSpec",
+    "ModelConfig",
+    "TextEncoder",
+    "TextEncoderSpec",
+    "build_model",
+]

@@ -1,0 +1,292 @@
+"""The one honest evaluation: fresh students trained on a set under a named protocol, then scored.
+
+A student's score is the one after its last epoch. Nothing is chosen on test data; the best of the
+scores seen on the way is recorded beside it, only to show how much that would inflate it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmdd import losses
+from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, pixels
+from mmdd.data.pairs import PairDataset
+from mmdd.encoders.dual import DualEncoder
+from mmdd.errors import ConfigError, NonFiniteError
+from mmdd.protocols import Protocol, freeze_all_but, parameter_groups
+from mmdd.retrieval import chance_recall, recall_at_k
+from mmdd.synthetic import SyntheticPairs
+
+
+class EvaluationConfig(BaseModel):
+    """How students are trained and how often they are looked at.
+
+    SGD with momentum; the learning rates fall to a tenth after half of the epochs. lr_image and
+    lr_text are those of the encoders, lr_heads that of the projections; `scores` is the number of
+    evenly spaced looks at the test split that best-on-test is taken from, the last epoch included.
+    Book: notebooks/02_encoders_and_evaluation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    students: int = Field(default=5, ge=1)
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    lr_image: float = Field(default=0.01, ge=0)
+    lr_text: float = Field(default=0.01, ge=0)
+    lr_heads: float = Field(default=0.1, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    loss: Literal["info_nce", "ence", "bce", "wbce"] = "info_nce"
+    temperature: float = Field(default=0.07, gt=0)
+    use_learned_rates: bool = True
+    scores: int = Field(default=10, ge=1)
+
+
+class SplitScorer:
+    """Scores models on one split; whatever does not depend on the student is computed once.
+
+    Book: notebooks/02_encoders_and_evaluation.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        split: str,
+        model: DualEncoder,
+        protocol: Protocol,
+        device: torch.device,
+        block: int = 500,
+    ) -> None:
+        self.table = TextTable(dataset, split, model, protocol, device)
+        self.images = dataset.images[dataset.indices(split)]
+        self.device, self.block = device, block
+        self._image_features: list[Tensor] | None = None
+        if protocol == "heads":  # frozen image features need one pass only
+            with torch.no_grad():
+                self._image_features = [
+                    model.image_features(pixels(part, device)) for part in self._image_blocks()
+                ]
+
+    def _image_blocks(self) -> list[np.ndarray]:
+        return [self.images[i : i + self.block] for i in range(0, len(self.images), self.block)]
+
+    @torch.no_grad()
+    def score(self, model: DualEncoder) -> dict[str, float]:
+        """Recall@1/5/10 in both directions and their mean, in percent."""
+        was_training = model.training
+        model.eval()
+        if self._image_features is not None:
+            z_image = [F.normalize(model.image_head(h), dim=-1) for h in self._image_features]
+        else:
+            z_image = [
+                model.embed_images(pixels(part, self.device)) for part in self._image_blocks()
+            ]
+        z_text = []
+        for start in range(0, len(self.table.texts), self.block):
+            rows = slice(start, start + self.block)
+            mask = None if self.table.mask is None else self.table.mask[rows]
+            z_text.append(model.embed_texts(self.table.texts[rows], mask))
+        model.train(was_training)
+        return recall_at_k(
+            torch.cat(z_image).float(), torch.cat(z_text).float(), self.table.image_of_text
+        )
+
+    def chance(self) -> dict[str, float]:
+        """The expected scores of a random ranking."""
+        return chance_recall(self.table.image_of_text)
+
+
+def contrastive_loss(
+    name: str, z_image: Tensor, z_text: Tensor, temperature: float, similarity: Tensor | None
+) -> Tensor:
+    """A student's loss by name on normalised features (m, d); similarity (m, m) where it wants one.
+
+    Raises `ConfigError` for an unknown name or a missing similarity.
+    """
+    if name == "info_nce":
+        return losses.info_nce(z_image, z_text, temperature)
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "ence": losses.extended_info_nce,
+        "bce": losses.binary_cross_entropy,
+        "wbce": losses.weighted_binary_cross_entropy,
+    }
+    if name not in functions:
+        raise ConfigError(f"unknown loss {name!r}; known: info_nce, {', '.join(functions)}.")
+    if similarity is None:
+        similarity = torch.eye(len(z_image), device=z_image.device, dtype=z_image.dtype)
+    return functions[name](z_image @ z_text.T / temperature, similarity)
+
+
+def train_student(
+    source: RealBatches | SetBatches,
+    model: DualEncoder,
+    protocol: Protocol,
+    config: EvaluationConfig,
+    seed: int,
+    *,
+    device: torch.device,
+    after_epoch: Callable[[int], None] | None = None,
+) -> DualEncoder:
+    """Train `model` in place on real or distilled pairs; returns it.
+
+    seed: order of the batches (the projections must already be drawn). after_epoch is called with
+    the number of finished epochs. Batch-norm layers keep their running statistics. Raises
+    `NonFiniteError` when the loss stops being finite. Book: notebooks/02_encoders_and_evaluation.
+    """
+    pairs = source.pairs if isinstance(source, SetBatches) else None
+    lr_image, lr_text, lr_heads = config.lr_image, config.lr_text, config.lr_heads
+    if pairs is not None and config.use_learned_rates and pairs.learning_rates:
+        lr_image = pairs.learning_rates.get("image", lr_image)
+        lr_heads = pairs.learning_rates.get("text", lr_heads)
+    trained = freeze_all_but(model, protocol)
+    optimiser = torch.optim.SGD(
+        parameter_groups(trained, lr_image, lr_text, lr_heads),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(
+        optimiser, milestones=[max(1, config.epochs // 2)], gamma=0.1
+    )
+    model.train()
+    features = _FrozenFeatures(source, model, device) if protocol == "heads" else None
+    for epoch in range(config.epochs):
+        for batch in source.epoch(config.batch_size, seed, epoch):
+            if len(batch.images) < 2:
+                continue  # one pair alone has nothing to be told from
+            if features is None:
+                z_image, z_text = model(batch.images, batch.texts, batch.mask)
+            else:
+                z_image, z_text = features.project(batch)
+            similarity = None
+            if pairs is not None and pairs.similarity is not None:
+                similarity = pairs.similarity.matrix(batch.index).detach()
+            loss = contrastive_loss(config.loss, z_image, z_text, config.temperature, similarity)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(
+                    f"student {seed}: the loss is {loss.item()} in epoch {epoch + 1}: "
+                    f"lower the learning rates (image {lr_image}, heads {lr_heads})."
+                )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+        if after_epoch is not None:
+            after_epoch(epoch + 1)
+    return model
+
+
+class _FrozenFeatures:
+    """Under `heads` no encoder changes, so a distilled set's features are computed once."""
+
+    def __init__(
+        self, source: RealBatches | SetBatches, model: DualEncoder, device: torch.device
+    ) -> None:
+        self.model = model
+        self.image: Tensor | None = None
+        if isinstance(source, SetBatches):
+            with torch.no_grad():
+                self.image = model.image_features(source.pairs.images)
+        else:
+            members = source.dataset.indices(source.split)
+            self._row = torch.full((len(source.dataset),), -1, dtype=torch.int64)
+            self._row[torch.from_numpy(members)] = torch.arange(len(members))
+            with torch.no_grad():
+                self.image = torch.cat(
+                    [
+                        model.image_features(pixels(source.dataset.images[part], device))
+                        for part in np.array_split(members, max(1, len(members) // 500))
+                    ]
+                )
+        self.real = isinstance(source, RealBatches)
+
+    def project(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self.image is not None
+        rows = self._row[batch.index].to(self.image.device) if self.real else batch.index
+        z_image = F.normalize(self.model.image_head(self.image[rows]), dim=-1)
+        return z_image, self.model.embed_texts(batch.texts, batch.mask)
+
+
+def evaluate(
+    train_on: SyntheticPairs | PairDataset,
+    dataset: PairDataset,
+    make_model: Callable[[int], DualEncoder],
+    protocol: Protocol,
+    config: EvaluationConfig | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    on_score: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train one student per seed and score each on validation and test.
+
+    train_on: a distilled set, or a dataset, whose whole train split is then used (the full-data
+    reference). make_model(seed) builds a student with fresh projections. seeds: by default
+    0 … students - 1. on_score is called with each finished student.
+
+    Returns one dict per student: student_seed, test (scores after the last epoch), validation
+    (likewise), best_on_test (scores at the best of `config.scores` looks, by mean), best_epoch,
+    curve ([epoch, test mean] of every look), seconds (training only), steps.
+    Book: notebooks/02_encoders_and_evaluation.
+    """
+    config = config or EvaluationConfig()
+    device = torch.device(device)
+    seeds = range(config.students) if seeds is None else seeds
+    looks = {round(config.epochs * (i + 1) / config.scores) for i in range(config.scores)}
+    reference = make_model(0).to(device)
+    scorers = {
+        split: SplitScorer(dataset, split, reference, protocol, device) for split in ("val", "test")
+    }
+    source: RealBatches | SetBatches = (
+        SetBatches(train_on, device)
+        if isinstance(train_on, SyntheticPairs)
+        else RealBatches(train_on, "train", reference, protocol, device)
+    )
+    results: list[dict[str, Any]] = []
+    bar = tqdm(
+        total=len(seeds) * config.epochs, desc="students", unit="epoch", disable=not progress
+    )
+    for seed in seeds:
+        model = make_model(seed).to(device)
+        curve: list[tuple[int, dict[str, float]]] = []
+        scoring = 0.0
+
+        def look(epoch: int) -> None:
+            nonlocal scoring
+            bar.update()
+            if epoch in looks:
+                begin = time.perf_counter()
+                curve.append((epoch, scorers["test"].score(model)))  # noqa: B023
+                bar.set_postfix(student=seed, mean=f"{curve[-1][1]['mean']:.1f}")  # noqa: B023
+                scoring += time.perf_counter() - begin
+
+        begin = time.perf_counter()
+        # Dropout, where a model has it, draws from the global generator.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            train_student(source, model, protocol, config, seed, device=device, after_epoch=look)
+        seconds = time.perf_counter() - begin - scoring
+        best_epoch, best = max(curve, key=lambda point: point[1]["mean"])
+        result = {
+            "student_seed": int(seed),
+            "test": curve[-1][1],
+            "validation": scorers["val"].score(model),
+            "best_on_test": best,
+            "best_epoch": best_epoch,
+            "curve": [[epoch, round(scores["mean"], 4)] for epoch, scores in curve],
+            "seconds": round(seconds, 3),
+            "steps": config.epochs * -(-len(source) // config.batch_size),
+        }
+        results.append(result)
+        if on_score is not None:
+            on_score(result)
+    bar.close()
+    return results

@@ -1,0 +1,290 @@
+"""From a configuration to a record: select, distil, train students, score, remember."""
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmdd.batches import RealBatches, real_pairs
+from mmdd.config import RunConfig, method_entry
+from mmdd.data.open import open_dataset
+from mmdd.data.pairs import PairDataset
+from mmdd.distill import METHODS, Context, Progress, distill
+from mmdd.encoders import DualEncoder, build_model
+from mmdd.errors import ConfigError, StoreError
+from mmdd.evaluation import evaluate
+from mmdd.provenance import environment, resolve_device, source_hash
+from mmdd.retrieval import chance_recall
+from mmdd.selection import select
+from mmdd.store import SCHEMA, ResultsStore
+from mmdd.synthetic import SyntheticPairs
+
+METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "mean")
+
+
+def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any]:
+    """Carry out one run and return its record; a finished run comes from the store instead.
+
+    A distillation writes checkpoints under `results_dir/<sweep>/checkpoints` and goes on from them
+    after a kill. The distilled (or selected) set is kept as
+    `results_dir/<sweep>/<run id>.safetensors`. Raises what its parts raise, and `StoreError` when
+    the stored record was made with other data than the data at hand.
+
+    Book: notebooks/run.
+    """
+    store = ResultsStore(results_dir)
+    runtime = config.runtime
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    found = store.find(config.run_id)
+    if found is not None and config.dataset.reader == "scenes":
+        return found
+    if found is not None and runtime.data is None:
+        return found
+    dataset = open_dataset(config.dataset, runtime)
+    if found is not None:
+        if found["dataset"]["fingerprint"] != dataset.fingerprint:
+            raise StoreError(
+                f"run {config.run_id} is in the store, but was made with other data (fingerprint "
+                f"{found['dataset']['fingerprint'][:12]}, here {dataset.fingerprint[:12]}). Give "
+                "the dataset another name, or use another results folder."
+            )
+        return found
+
+    device = resolve_device(runtime.device)
+    template = build_model(config.model).to(device)
+
+    def make_model(seed: int) -> DualEncoder:
+        model = deepcopy(template)
+        # Students of different distillation seeds must not share projections.
+        model.reset_heads(seed=1_000 * config.seed + seed)
+        return model
+
+    folder = store.working_folder(config.sweep)
+    train_on: SyntheticPairs | PairDataset
+    if config.method == "full":
+        train_on, cost = dataset, _no_cost()
+    else:
+        train_on, cost = _make_set(config, dataset, template, device, folder)
+        train_on.save(folder / f"{config.run_id}.safetensors")
+    students = evaluate(
+        train_on,
+        dataset,
+        make_model,
+        config.protocol,
+        config.evaluation,
+        device=device,
+        progress=runtime.progress,
+    )
+    record = {
+        "schema": SCHEMA,
+        "run_id": config.run_id,
+        "sweep": config.sweep,
+        "config": config.identity(),
+        "dataset": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "splits": {split: len(members) for split, members in dataset.splits.items()},
+        },
+        "protocol": config.protocol,
+        "students": students,
+        "chance": _rounded(chance_recall(dataset.caption_table("test")[1])),
+        "cost": cost,
+        "environment": environment(device),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    for student in students:
+        for scores in ("test", "validation", "best_on_test"):
+            student[scores] = _rounded(student[scores])
+    store.write(record)
+    _checkpoint_path(folder, config).unlink(missing_ok=True)
+    return record
+
+
+def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
+    return folder / "checkpoints" / f"{config.run_id}.safetensors"
+
+
+def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -> SyntheticPairs:
+    """The real pairs that a run selects, or that its distillation starts from.
+
+    Book: notebooks/run.
+    """
+    name = config.init if config.method in METHODS else config.method
+    images, choice = select(name, dataset, config.pairs, config.seed)
+    return real_pairs(dataset, images, choice, model, config.protocol)
+
+
+def _make_set(
+    config: RunConfig,
+    dataset: PairDataset,
+    template: DualEncoder,
+    device: torch.device,
+    folder: Path,
+) -> tuple[SyntheticPairs, dict[str, Any]]:
+    begin = time.perf_counter()
+    start = initial_pairs(config, dataset, template)
+    cost = _no_cost() | {
+        "init_seconds": round(time.perf_counter() - begin, 3),
+        "num_bytes": start.num_bytes(),
+    }
+    if config.method not in METHODS:
+        start.metadata |= {"method": config.method, "run_id": config.run_id}
+        return start, cost
+    result, progress = distill_run(config, dataset, template, device, start, folder)
+    result.metadata["run_id"] = config.run_id
+    return result, cost | {
+        "iterations": progress.iterations,
+        "seconds_per_iteration": round(progress.seconds / max(1, progress.iterations), 5),
+        "peak_memory_bytes": progress.peak_memory_bytes,
+        "num_bytes": result.num_bytes(),
+        "history": progress.thinned(),
+    }
+
+
+def distill_run(
+    config: RunConfig,
+    dataset: PairDataset,
+    template: DualEncoder,
+    device: torch.device,
+    start: SyntheticPairs,
+    folder: Path | None = None,
+    callback: Callable[[int, SyntheticPairs], None] | None = None,
+    callback_every: int = 50,
+) -> tuple[SyntheticPairs, Progress]:
+    """Only the distillation of a run: returns (set, progress). Book: notebooks/07_covmatch."""
+    entry = method_entry(config)
+    settings: Any = config.settings
+    model = deepcopy(template)
+    context = Context(
+        start=start,
+        real=RealBatches(dataset, "train", model, config.protocol, device),
+        model=model,
+        protocol=config.protocol,
+        seed=config.seed,
+        autocast=config.runtime.autocast,
+    )
+    method = entry.distiller(settings, context)
+    return distill(
+        method,
+        settings.iterations,
+        checkpoint=None if folder is None else _checkpoint_path(folder, config),
+        checkpoint_every=config.runtime.checkpoint_every,
+        clip=settings.clip,
+        progress=config.runtime.progress,
+        callback=callback,
+        callback_every=callback_every,
+    )
+
+
+def _no_cost() -> dict[str, Any]:
+    return {
+        "expert_seconds": 0.0,
+        "expert_bytes": 0,
+        "init_seconds": 0.0,
+        "seconds_per_iteration": 0.0,
+        "iterations": 0,
+        "peak_memory_bytes": 0,
+        "num_bytes": 0,
+    }
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def load_results(path: str | Path = "results") -> pd.DataFrame:
+    """Every record of a store as a table, one row per (run, student seed).
+
+    Columns: run_id, sweep, dataset, model, method, pairs, protocol, seed, student_seed, the six
+    recalls and their mean on test after the last epoch, validation_mean, mean_best_on_test,
+    chance_mean, costs, device, `stale` (made by other code than today's) and `config` (a dict).
+    `pairs` of the full-data reference is the size of its train split. An empty store gives an
+    empty table with the same columns. Raises `StoreError` naming an unreadable record.
+
+    Book: notebooks/02_encoders_and_evaluation.
+    """
+    today = source_hash()
+    rows = []
+    for record in ResultsStore(path).records():
+        config, cost = record["config"], record["cost"]
+        shared = {
+            "run_id": record["run_id"],
+            "sweep": record["sweep"],
+            "dataset": record["dataset"]["name"],
+            "model": config["model"]["pair"],
+            "method": config["method"],
+            "pairs": config.get("pairs", record["dataset"]["splits"].get("train")),
+            "protocol": record["protocol"],
+            "seed": config["seed"],
+        }
+        for student in record["students"]:
+            rows.append(
+                shared
+                | {"student_seed": student["student_seed"]}
+                | {metric: student["test"][metric] for metric in METRICS}
+                | {
+                    "validation_mean": student["validation"]["mean"],
+                    "mean_best_on_test": student["best_on_test"]["mean"],
+                    "chance_mean": record["chance"]["mean"],
+                    "student_seconds": student["seconds"],
+                }
+                | {name: cost[name] for name in _no_cost()}
+                | {
+                    "device": record["environment"]["device"],
+                    "stale": record["environment"]["source_hash"] != today,
+                    "finished": record["finished"],
+                    "config": config,
+                }
+            )
+    frame = pd.DataFrame(rows, columns=None if rows else _columns())
+    return frame.sort_values(["sweep", "run_id", "student_seed"], ignore_index=True)
+
+
+_RUN_COLUMNS = ("run_id", "sweep", "dataset", "model", "method", "pairs", "protocol", "seed")
+_STUDENT_COLUMNS = ("validation_mean", "mean_best_on_test", "chance_mean", "student_seconds")
+
+
+def _columns() -> list[str]:
+    return [
+        *_RUN_COLUMNS,
+        "student_seed",
+        *METRICS,
+        *_STUDENT_COLUMNS,
+        *_no_cost(),
+        "device",
+        "stale",
+        "finished",
+        "config",
+    ]
+
+
+def summarise(
+    results: pd.DataFrame, by: list[str] | None = None, metric: str = "mean"
+) -> pd.DataFrame:
+    """Mean and standard deviation over students, and over distillation seeds where there are some.
+
+    Columns: the grouping ones, `mean`, `std` (over all students, n - 1), `students`, `seeds`.
+    Raises `ConfigError` for a column that the table lacks. Book: notebooks/07_covmatch.
+    """
+    by = by or ["dataset", "protocol", "pairs", "method"]
+    missing = [name for name in [*by, metric] if name not in results]
+    if missing:
+        raise ConfigError(
+            f"the results have no column {missing[0]!r}: {', '.join(map(str, results.columns))}."
+        )
+    grouped = results.groupby(by, sort=True)
+    return pd.DataFrame(
+        {
+            "mean": grouped[metric].mean(),
+            "std": grouped[metric].std(ddof=1).fillna(np.nan),
+            "students": grouped[metric].size(),
+            "seeds": grouped["seed"].nunique(),
+        }
+    ).reset_index()
