@@ -111,8 +111,16 @@ class RunConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """16 hex digits naming the run: a hash of `identity()`."""
-        text = json.dumps(self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.identity())
+
+    @property
+    def set_id(self) -> str:
+        """16 hex digits naming the set alone: runs that differ in the evaluation share it."""
+        return _digest({k: v for k, v in self.identity().items() if k != "evaluation"})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def method_entry(config: RunConfig) -> Method:

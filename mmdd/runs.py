@@ -32,9 +32,9 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
     """Carry out one run and return its record; a finished run comes from the store instead.
 
     A distillation writes checkpoints under `results_dir/<sweep>/checkpoints` and goes on from them
-    after a kill. The distilled (or selected) set is kept as
-    `results_dir/<sweep>/<run id>.safetensors`. Raises what its parts raise, and `StoreError` when
-    the stored record was made with other data than the data at hand.
+    after a kill. The distilled (or selected) set is kept in `results_dir/<sweep>/sets`, where runs
+    that differ only in the evaluation find it again. Raises what its parts raise, and `StoreError`
+    when the stored record was made with other data than the data at hand.
 
     Book: notebooks/run.
     """
@@ -60,23 +60,16 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
     device = resolve_device(runtime.device)
     template = build_model(config.model).to(device)
 
-    def make_model(seed: int) -> DualEncoder:
-        model = deepcopy(template)
-        # Students of different distillation seeds must not share projections.
-        model.reset_heads(seed=1_000 * config.seed + seed)
-        return model
-
     folder = store.working_folder(config.sweep)
     train_on: SyntheticPairs | PairDataset
     if config.method == "full":
         train_on, cost = dataset, _no_cost()
     else:
         train_on, cost = _make_set(config, dataset, template, device, folder)
-        train_on.save(folder / f"{config.run_id}.safetensors")
     students = evaluate(
         train_on,
         dataset,
-        make_model,
+        student_factory(template, config.seed),
         config.protocol,
         config.evaluation,
         device=device,
@@ -103,12 +96,25 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
         for scores in ("test", "validation", "best_on_test"):
             student[scores] = _rounded(student[scores])
     store.write(record)
-    _checkpoint_path(folder, config).unlink(missing_ok=True)
     return record
 
 
+def student_factory(template: DualEncoder, seed: int) -> Callable[[int], DualEncoder]:
+    """make_model(student seed) → a copy of the template with projections of its own.
+
+    seed: of the run; students of different runs share no projections.
+    """
+
+    def make_model(student: int) -> DualEncoder:
+        model = deepcopy(template)
+        model.reset_heads(seed=1_000 * seed + student)
+        return model
+
+    return make_model
+
+
 def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
-    return folder / "checkpoints" / f"{config.run_id}.safetensors"
+    return folder / "checkpoints" / f"{config.set_id}.safetensors"
 
 
 def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -> SyntheticPairs:
@@ -128,24 +134,39 @@ def _make_set(
     device: torch.device,
     folder: Path,
 ) -> tuple[SyntheticPairs, dict[str, Any]]:
+    path = set_path(folder, config)
+    if path.exists():
+        kept = SyntheticPairs.load(path)
+        # A set made by other code, or of other data, is not this run's: make it again.
+        current = (source_hash(), dataset.fingerprint)
+        if (kept.metadata.get("source_hash"), kept.metadata["dataset_fingerprint"]) == current:
+            return kept, kept.metadata["cost"]
     begin = time.perf_counter()
-    start = initial_pairs(config, dataset, template)
-    cost = _no_cost() | {
-        "init_seconds": round(time.perf_counter() - begin, 3),
-        "num_bytes": start.num_bytes(),
+    result = initial_pairs(config, dataset, template)
+    cost = _no_cost() | {"init_seconds": round(time.perf_counter() - begin, 3)}
+    if config.method in METHODS:
+        result, progress = distill_run(config, dataset, template, device, result, folder)
+        cost |= {
+            "iterations": progress.iterations,
+            "seconds_per_iteration": round(progress.seconds / max(1, progress.iterations), 5),
+            "peak_memory_bytes": progress.peak_memory_bytes,
+            "history": progress.thinned(),
+        }
+    cost["num_bytes"] = result.num_bytes()
+    result.metadata |= {
+        "method": config.method,
+        "set_id": config.set_id,
+        "source_hash": source_hash(),
+        "cost": cost,
     }
-    if config.method not in METHODS:
-        start.metadata |= {"method": config.method, "run_id": config.run_id}
-        return start, cost
-    result, progress = distill_run(config, dataset, template, device, start, folder)
-    result.metadata["run_id"] = config.run_id
-    return result, cost | {
-        "iterations": progress.iterations,
-        "seconds_per_iteration": round(progress.seconds / max(1, progress.iterations), 5),
-        "peak_memory_bytes": progress.peak_memory_bytes,
-        "num_bytes": result.num_bytes(),
-        "history": progress.thinned(),
-    }
+    result.save(path)
+    _checkpoint_path(folder, config).unlink(missing_ok=True)
+    return result, cost
+
+
+def set_path(folder: Path, config: RunConfig) -> Path:
+    """Where a run keeps its distilled (or selected) set."""
+    return folder / "sets" / f"{config.set_id}.safetensors"
 
 
 def distill_run(
@@ -288,3 +309,23 @@ def summarise(
             "seeds": grouped["seed"].nunique(),
         }
     ).reset_index()
+
+
+def evaluate_file(path: str | Path, config: RunConfig) -> list[dict[str, Any]]:
+    """Score a saved set with a configuration's data, encoders, protocol and students.
+
+    Returns what `mmdd.evaluation.evaluate` returns. Raises `ArtefactError` for an unusable file.
+    Book: notebooks/02_encoders_and_evaluation.
+    """
+    pairs = SyntheticPairs.load(path)
+    device = resolve_device(config.runtime.device)
+    template = build_model(config.model).to(device)
+    return evaluate(
+        pairs,
+        open_dataset(config.dataset, config.runtime),
+        student_factory(template, config.seed),
+        config.protocol,
+        config.evaluation,
+        device=device,
+        progress=config.runtime.progress,
+    )

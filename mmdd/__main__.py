@@ -1,0 +1,146 @@
+"""The command line: `mmdd prepare | run | evaluate | sweep | doctor`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from mmdd.errors import MmddError
+
+app = typer.Typer(
+    help="Multimodal dataset distillation: run, evaluate and sweep.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Results = Annotated[Path, typer.Option(help="Folder of the result records.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, for photos.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="flickr8k, flickr30k, coco, karpathy, …")],
+    root: Annotated[
+        Path | None, typer.Option(help="Where to put it; by default the cache.")
+    ] = None,
+) -> None:
+    """Download a public source: checked, resumed after a break, unpacked safely."""
+    from mmdd.data.download import fetch
+
+    for name, path in fetch(source, root).items():
+        typer.echo(f"{name}: {path}")
+
+
+@app.command()
+def run(
+    method: str = "covmatch",
+    pairs: int = 100,
+    protocol: str = "both",
+    seed: int = 0,
+    preset: Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper.")] = "small",
+    sweep: str = "default",
+    data: Data = None,
+    results: Results = Path("results"),
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, such as settings.rho=1.5")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record.")] = False,
+) -> None:
+    """Distil (or select) a set, train students on it, score them, keep the record."""
+    from mmdd.presets import preset as make
+    from mmdd.runs import run as carry_out
+    from mmdd.sweep import nest
+
+    wishes = nest(dict(_assignment(text) for text in override or []))
+    wishes |= {"method": method, "pairs": pairs, "protocol": protocol, "seed": seed}
+    wishes |= {"sweep": sweep}
+    if data is not None:
+        wishes.setdefault("runtime", {})["data"] = str(data)
+    record = carry_out(make(preset, **wishes), results)
+    typer.echo(json.dumps(record, indent=1) if as_json else _summary(record))
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
+    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = "both",
+    preset: Annotated[str, typer.Option(help="Which data, encoders and students.")] = "small",
+    data: Data = None,
+) -> None:
+    """Train students on any distilled set and score them under a protocol."""
+    from mmdd.presets import preset as make
+    from mmdd.runs import evaluate_file
+
+    runtime = {} if data is None else {"data": str(data)}
+    config = make(preset, method="random", protocol=protocol, runtime=runtime)
+    students = evaluate_file(file, config)
+    for student in students:
+        typer.echo(f"student {student['student_seed']}: mean {student['test']['mean']:.2f}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A grid in YAML, see sweeps/.")],
+    jobs: Annotated[int, typer.Option(help="Worker processes at a time.")] = 1,
+    data: Data = None,
+    results: Results = Path("results"),
+    pack: Annotated[bool, typer.Option(help="Pack the records into one file at the end.")] = True,
+) -> None:
+    """Run every point of a grid that has no record yet, through papermill."""
+    from mmdd.store import ResultsStore
+    from mmdd.sweep import load_sweep, run_sweep
+
+    runtime: dict[str, Any] = {"threads": 1}
+    if data is not None:
+        runtime["data"] = str(data.resolve())
+    points = load_sweep(file, runtime)
+    failed = run_sweep(points, results, jobs=jobs)
+    for run_id, error in failed.items():
+        typer.echo(f"\nFAILED {run_id}:\n{error}", err=True)
+    if pack and len(failed) < len(points):
+        typer.echo(f"packed into {ResultsStore(results).pack(points[0].sweep)}")
+    raise typer.Exit(code=1 if failed else 0)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions, device, threads, caches, and which presets can run here."""
+    from mmdd.doctor import report
+
+    typer.echo(report())
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise typer.BadParameter(f"{text!r} is not of the form key=value.")
+    return key, yaml.safe_load(value)
+
+
+def _summary(record: dict[str, Any]) -> str:
+    means = [student["test"]["mean"] for student in record["students"]]
+    centre = sum(means) / len(means)
+    spread = (sum((m - centre) ** 2 for m in means) / max(1, len(means) - 1)) ** 0.5
+    config = record["config"]
+    return (
+        f"{config['method']} on {record['dataset']['name']}, protocol {record['protocol']}, "
+        f"{config.get('pairs', 'all')} pairs: mean recall {centre:.2f} ± {spread:.2f} "
+        f"({len(means)} students; chance {record['chance']['mean']:.2f}). "
+        f"Record {record['run_id']} in sweep {record['sweep']}."
+    )
+
+
+def main() -> None:
+    """The entry point: a deliberate error is one line and exit code 2, not a traceback."""
+    from pydantic import ValidationError
+
+    try:
+        app()
+    except (MmddError, ValidationError) as error:
+        typer.echo(f"mmdd: {error}", err=True)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

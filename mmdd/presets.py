@@ -1,0 +1,123 @@
+"""Settings by name: how large a run is, the papers' hyper-parameters, and the tuned ones.
+
+The two kinds are kept apart. `PAPER` holds what the authors published for their data and encoders.
+`TUNED` holds what was chosen here, on the validation split only, by `sweeps/tune_*.yaml`.
+"""
+
+from typing import Any, Literal
+
+from mmdd.config import RunConfig
+from mmdd.errors import ConfigError
+
+PresetName = Literal["tiny", "small", "photos", "gpu", "paper"]
+
+# By (method, dataset), then by budget: the nearest published budget from below is used.
+PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
+    # CovMatch (NeurIPS 2025), main text and appendix.
+    ("covmatch", "flickr30k"): {
+        100: {"rho": 2.0, "lambda_": 0.1},
+        200: {"rho": 1.0, "lambda_": 0.1},
+        500: {"rho": 1.0, "lambda_": 0.6, "iterations": 20_000},
+    },
+    ("covmatch", "coco"): {
+        100: {"rho": 2.0, "lambda_": 0.1},
+        200: {"rho": 1.0, "lambda_": 0.1},
+        500: {"rho": 1.0, "lambda_": 0.5, "iterations": 20_000},
+    },
+}
+
+# By (method, encoder pair, protocol).
+TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("covmatch", "scenes-tiny", "both"): {
+        "iterations": 300,
+        "rho": 1.5,
+        "lambda_": 0.1,
+        "normalize": True,
+        "optimizer": "adam",
+        "lr_image": 0.01,
+        "lr_text": 0.002,
+    },
+    ("covmatch", "scenes-tiny", "image+text_head"): {
+        "iterations": 300,
+        "rho": 1.5,
+        "lambda_": 0.1,
+        "normalize": True,
+        "optimizer": "adam",
+        "lr_image": 0.01,
+        "lr_text": 0.03,
+    },
+}
+
+# Students, by (encoder pair, protocol): one choice for all methods.
+STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("scenes-tiny", "both"): {"lr_image": 0.001, "lr_text": 0.001},
+    ("scenes-tiny", "image+text_head"): {"lr_image": 0.001, "lr_text": 0.001},
+}
+
+_BASE: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "dataset": {"train": 1000, "val": 100, "test": 200},
+        "evaluation": {"students": 2, "epochs": 60, "scores": 3},
+    },
+    "small": {},
+    "photos": {
+        "dataset": {"name": "flickr8k-991", "reader": "karpathy", "size": 48},
+        "model": {"pair": "cifar-minilm"},
+    },
+    "gpu": {
+        "dataset": {"size": 224},
+        "model": {"pair": "nfnet-bert"},
+        "runtime": {"autocast": True},
+    },
+    "paper": {
+        "dataset": {"name": "flickr30k", "reader": "karpathy", "size": 224},
+        "model": {"pair": "nfnet-bert"},
+    },
+}
+
+
+def preset(name: str, **wishes: Any) -> RunConfig:
+    """A run of a given size, with the settings that belong to its method, data and protocol.
+
+    name: "tiny" (seconds), "small" (Scenes, minutes), "photos" (Flickr8k at 48 px, minutes), "gpu"
+    (224 px), "paper" (Flickr30k or COCO with the papers' settings). wishes: keys of `RunConfig`,
+    nested dicts merged into the preset's; they win over everything else.
+
+    Raises `ConfigError` for an unknown preset; pydantic's `ValidationError` for an unknown key.
+    Book: notebooks/run.
+    """
+    if name not in _BASE:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(_BASE)}.")
+    values = merge(_BASE[name], wishes)
+    method = values.get("method", RunConfig.model_fields["method"].default)
+    protocol = values.get("protocol", RunConfig.model_fields["protocol"].default)
+    pair = values.get("model", {}).get("pair", "scenes-tiny")
+    if name == "paper":
+        settings = _paper_settings(method, values)
+    else:
+        settings = TUNED.get((method, pair, protocol), {})
+        if name == "tiny" and settings:
+            settings = settings | {"iterations": 120}
+    chosen = {"evaluation": STUDENTS.get((pair, protocol), {})}
+    if settings:
+        chosen["settings"] = settings
+    return RunConfig.model_validate(merge(chosen, values))
+
+
+def _paper_settings(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    dataset = values.get("dataset", {}).get("name", "scenes")
+    by_budget = PAPER.get((method, dataset), {})
+    pairs = values.get("pairs", RunConfig.model_fields["pairs"].default)
+    fitting = [budget for budget in by_budget if budget <= pairs] or sorted(by_budget)[:1]
+    return by_budget[max(fitting)] if fitting else {}
+
+
+def merge(base: dict[str, Any], wishes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `wishes` put over it, dict by dict."""
+    merged = dict(base)
+    for key, value in wishes.items():
+        old = merged.get(key)
+        merged[key] = (
+            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
