@@ -14,12 +14,14 @@ _PACKAGE = Path(__file__).resolve().parent
 _WITHOUT_EFFECT = {
     "__main__.py",
     "data/download.py",
+    "doctor.py",
     "plots.py",
     "presets.py",
     "provenance.py",
     "published.py",
     "store.py",
     "sweep.py",
+    "tables.py",
 }
 
 

@@ -1,0 +1,64 @@
+"""The book's tables: every score beside chance, a random set of the same size and the full data."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mmdd.errors import ConfigError
+
+
+def comparison(
+    results: pd.DataFrame, dataset: str, protocol: str, methods: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Methods and budgets of one dataset and protocol, with their references, all in percent.
+
+    results: rows of `load_results`, one configuration per method and budget. Index (pairs,
+    method). Columns: recall (mean over all students, last epoch), std (over all students), × random
+    (of the same size), % of full, best on test (mean, what choosing on test would have shown),
+    seeds, students. The row of chance comes first, that of the full data last.
+
+    Raises `ConfigError` when nothing fits, or when a method and budget holds more than one
+    configuration, which must not be averaged. Book: notebooks/02_encoders_and_evaluation.
+    """
+    rows = results[(results["dataset"] == dataset) & (results["protocol"] == protocol)]
+    if methods is not None:
+        rows = rows[rows["method"].isin([*methods, "full"])]
+    if rows.empty:
+        raise ConfigError(f"there is no record of dataset {dataset!r} under {protocol!r}.")
+    _refuse_mixtures(rows)
+    table = rows.groupby(["pairs", "method"]).agg(
+        recall=("mean", "mean"),
+        std=("mean", "std"),
+        best_on_test=("mean_best_on_test", "mean"),
+        seeds=("seed", "nunique"),
+        students=("mean", "size"),
+    )
+    full = rows.loc[rows["method"] == "full", "mean"].mean()  # NaN without a full-data record
+    table.insert(2, "% of full", 100 * table["recall"] / full)
+    random = table["recall"].xs("random", level="method") if _has(table, "random") else None
+    if random is not None:
+        budgets = table.index.get_level_values("pairs")
+        table.insert(2, "× random", table["recall"].to_numpy() / random.reindex(budgets).to_numpy())
+    chance = pd.DataFrame(
+        {"recall": [rows["chance_mean"].iloc[0]]},
+        index=pd.MultiIndex.from_tuples([(0, "chance")], names=["pairs", "method"]),
+    )
+    return pd.concat([chance, table]).rename(columns={"best_on_test": "best on test"})
+
+
+def _has(table: pd.DataFrame, method: str) -> bool:
+    return method in table.index.get_level_values("method")
+
+
+def _refuse_mixtures(rows: pd.DataFrame) -> None:
+    """Scores of different settings must not be averaged into one number."""
+    for (pairs, method), group in rows.groupby(["pairs", "method"]):
+        settings = {
+            repr({k: v for k, v in sorted(config.items()) if k != "seed"})
+            for config in group["config"]
+        }
+        if len(settings) > 1:
+            raise ConfigError(
+                f"{method} at {pairs} pairs holds {len(settings)} different configurations "
+                f"(runs {', '.join(sorted(group['run_id'].unique()))}): filter by sweep first."
+            )
