@@ -45,10 +45,13 @@ lock:  ## resolve requirements.lock again (UPGRADE=1: take the newest versions)
 pretrained: $(STAMP)  ## train the small encoders in data/pretrained again
 	for script in data/pretrained/make_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-sweep: $(STAMP)  ## run the grids in sweeps/ (SWEEP=sweeps/one.yaml for one); finished runs are kept
-	set -- $(or $(SWEEP),$(wildcard sweeps/*.yaml)); \
+# Grids over photos need DATA, the folder of the photos; the others run on rendered scenes.
+GRIDS := $(if $(DATA),$(wildcard sweeps/*.yaml),$(filter-out %photos.yaml sweeps/photos%,$(wildcard sweeps/*.yaml)))
+
+sweep: $(STAMP)  ## run the grids in sweeps/ (SWEEP=sweeps/one.yaml, DATA=photos, JOBS=2)
+	set -- $(or $(SWEEP),$(GRIDS)); \
 	if [ $$# = 0 ]; then echo "there is no grid in sweeps/"; fi; \
-	for grid in "$$@"; do echo "== $$grid"; $(BIN)/python -m mmdd sweep "$$grid"; done
+	for grid in "$$@"; do echo "== $$grid"; $(BIN)/python -m mmdd sweep "$$grid" --jobs $(or $(JOBS),1) $(if $(DATA),--data $(DATA)); done
 
 bench: $(STAMP)  ## measure speed and memory (BENCH=benchmarks/one.py for one)
 	set -- $(or $(BENCH),$(wildcard benchmarks/*.py)); \

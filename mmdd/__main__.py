@@ -1,13 +1,14 @@
 """The command line: `mmdd prepare | run | evaluate | sweep | doctor`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from mmdd.errors import MmddError
+from mmdd.errors import DownloadError, MmddError
 
 app = typer.Typer(
     help="Multimodal dataset distillation: run, evaluate and sweep.",
@@ -28,8 +29,18 @@ def prepare(
     """Download a public source: checked, resumed after a break, unpacked safely."""
     from mmdd.data.download import fetch
 
-    for name, path in fetch(source, root).items():
+    paths = fetch(source, root)
+    for name, path in paths.items():
         typer.echo(f"{name}: {path}")
+    if source in ("flickr8k", "flickr30k", "coco"):
+        listing = fetch("karpathy", root)
+        name = f"dataset_{source}.json"
+        found = next((f for p in listing.values() for f in p.rglob(name)), None)
+        if found is None:
+            raise DownloadError(f"{name} is not among Karpathy's files: {listing}.")
+        folder = next(iter(paths.values())).parent
+        shutil.copyfile(found, folder / name)
+        typer.echo(f"ready: --data {folder}")
 
 
 @app.command()
