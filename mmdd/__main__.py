@@ -28,6 +28,7 @@ def prepare(
 ) -> None:
     """Download a public source: checked, resumed after a break, unpacked safely."""
     from mmdd.data.download import fetch
+    from mmdd.paths import cache_dir
 
     paths = fetch(source, root)
     for name, path in paths.items():
@@ -38,7 +39,7 @@ def prepare(
         found = next((f for p in listing.values() for f in p.rglob(name)), None)
         if found is None:
             raise DownloadError(f"{name} is not among Karpathy's files: {listing}.")
-        folder = next(iter(paths.values())).parent
+        folder = (root or cache_dir() / "downloads") / source
         shutil.copyfile(found, folder / name)
         typer.echo(f"ready: --data {folder}")
 

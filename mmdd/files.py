@@ -136,7 +136,7 @@ def unpack_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 def save_state(path: Path, state: Any) -> None:
     """Save a nested state (dicts, lists, tensors, JSON values) atomically, without pickling."""
     tensors, skeleton = pack_state(state)
-    save_tensors(path, tensors, {"state": skeleton})
+    save_tensors(path, tensors, {"state": skeleton, "sha256": tensors_sha256(tensors)})
 
 
 def load_state(path: Path) -> Any:
@@ -145,9 +145,15 @@ def load_state(path: Path) -> Any:
     if "state" not in header:
         raise ArtefactError(f"{path} holds no saved state: it is another kind of mmdd file.")
     try:
-        return unpack_state(tensors, header["state"])
+        state = unpack_state(tensors, header["state"])
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: the saved state is incomplete ({error}).") from error
+    if tensors_sha256(tensors) != header.get("sha256"):
+        raise ArtefactError(
+            f"{path}: the checksum does not match the tensors: the file is damaged. Remove it to "
+            "start again."
+        )
+    return state
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

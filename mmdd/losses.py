@@ -22,8 +22,10 @@ def info_nce(z_image: Tensor, z_text: Tensor, temperature: float | Tensor = 0.07
     """
     _require_pairs("info_nce", z_image, z_text)
     logits = z_image @ z_text.T / temperature  # (m, m)
-    target = torch.arange(len(logits), device=logits.device)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    # The same operations as eNCE's, so that the two agree to the last bit at the identity.
+    return extended_info_nce(
+        logits, torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    )
 
 
 def extended_info_nce(logits: Tensor, similarity: Tensor) -> Tensor:

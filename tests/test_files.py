@@ -347,6 +347,16 @@ def test_a_state_that_is_none_of_ours(tmp_path: Path) -> None:
         load_state(path)
 
 
+def test_a_flipped_bit_in_a_saved_state_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_state(path, {"weights": torch.arange(64, dtype=torch.float32)})
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ArtefactError, match="checksum"):
+        load_state(path)
+
+
 def test_a_value_that_json_cannot_hold_leaves_the_old_state(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_state(path, {"a": 1})

@@ -103,15 +103,17 @@ def test_extended_info_nce_value_and_proposition_3_2(m: int, d: int, temperature
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extended_info_nce_at_the_identity_is_info_nce(dtype: torch.dtype) -> None:
+    """To the last bit, value and gradient."""
     rng = np.random.default_rng(3)
-    tolerance = 8 * torch.finfo(dtype).eps
     for m in range(1, 40):
-        z_image = tensor(unit(rng, m, 8), dtype=dtype)
-        z_text = tensor(unit(rng, m, 8), dtype=dtype)
-        plain = losses.info_nce(z_image, z_text, 0.07).item()
-        logits = z_image @ z_text.T / 0.07
-        extended = losses.extended_info_nce(logits, torch.eye(m, dtype=dtype)).item()
-        assert extended == pytest.approx(plain, rel=tolerance, abs=tolerance)
+        leaves = [tensor(unit(rng, m, 8), dtype=dtype).requires_grad_() for _ in range(2)]
+        plain = losses.info_nce(*leaves, 0.07)
+        logits = leaves[0] @ leaves[1].T / 0.07
+        extended = losses.extended_info_nce(logits, torch.eye(m, dtype=dtype))
+        assert torch.equal(extended, plain)
+        expected = torch.autograd.grad(plain, leaves)
+        for a, b in zip(torch.autograd.grad(extended, leaves), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_info_nce_is_symmetric_and_ignores_the_order_of_pairs() -> None:

@@ -1,0 +1,80 @@
+"""The comparison table: references, shares, and no averaging over different settings."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from mmdd.errors import ConfigError
+from mmdd.tables import comparison
+
+
+def rows(method, pairs, means, *, seed=0, settings=None, protocol="both", run_id="r", best=1.0):
+    config = {"method": method, "pairs": pairs, "seed": seed, "settings": settings}
+    return [
+        {
+            "run_id": f"{run_id}-{method}-{pairs}-{seed}",
+            "dataset": "scenes",
+            "protocol": protocol,
+            "method": method,
+            "pairs": pairs,
+            "seed": seed,
+            "student_seed": i,
+            "mean": mean,
+            "mean_best_on_test": mean + best,
+            "chance_mean": 2.0,
+            "config": config,
+        }
+        for i, mean in enumerate(means)
+    ]
+
+
+@pytest.fixture
+def results():
+    return pd.DataFrame(
+        rows("random", 50, [8.0, 10.0])
+        + rows("random", 50, [9.0, 9.0], seed=1)
+        + rows("covmatch", 50, [30.0, 33.0], settings={"rho": 1.5})
+        + rows("full", 4000, [60.0])
+        + rows("random", 50, [5.0], protocol="heads")
+    )
+
+
+def test_references_and_shares(results):
+    table = comparison(results, "scenes", "both")
+
+    assert list(table.index) == [(0, "chance"), (50, "covmatch"), (50, "random"), (4000, "full")]
+    covmatch = table.loc[(50, "covmatch")]
+    assert covmatch["recall"] == 31.5
+    assert covmatch["std"] == pytest.approx(math.sqrt(4.5))  # n - 1
+    assert covmatch["× random"] == pytest.approx(31.5 / 9.0)
+    assert covmatch["% of full"] == pytest.approx(100 * 31.5 / 60)
+    assert covmatch["best on test"] == 32.5
+    assert (covmatch["seeds"], covmatch["students"]) == (1, 2)
+    assert table.loc[(50, "random"), "seeds"] == 2
+    assert table.loc[(0, "chance"), "recall"] == 2.0
+
+
+def test_without_a_full_data_record_the_share_is_unknown(results):
+    table = comparison(results, "scenes", "heads")
+
+    assert table.loc[(50, "random"), "recall"] == 5.0
+    assert math.isnan(table.loc[(50, "random"), "% of full"])
+
+
+def test_methods_are_chosen_and_the_full_data_stays(results):
+    table = comparison(results, "scenes", "both", methods=["random"])
+
+    assert set(table.index.get_level_values("method")) == {"chance", "random", "full"}
+
+
+def test_different_settings_are_never_averaged(results):
+    other = pd.DataFrame(rows("covmatch", 50, [1.0], settings={"rho": 3.0}, run_id="s"))
+
+    with pytest.raises(ConfigError, match="2 different configurations.*s-covmatch-50-0"):
+        comparison(pd.concat([results, other]), "scenes", "both")
+
+
+def test_nothing_found_says_what_was_looked_for(results):
+    with pytest.raises(ConfigError, match="'photos' under 'both'"):
+        comparison(results, "photos", "both")
