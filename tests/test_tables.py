@@ -71,7 +71,7 @@ def test_methods_are_chosen_and_the_full_data_stays(results):
 def test_different_settings_are_never_averaged(results):
     other = pd.DataFrame(rows("covmatch", 50, [1.0], settings={"rho": 3.0}, run_id="s"))
 
-    with pytest.raises(ConfigError, match="2 different configurations.*s-covmatch-50-0"):
+    with pytest.raises(ConfigError, match=r"2 different configurations.*s-covmatch-50-0"):
         comparison(pd.concat([results, other]), "scenes", "both")
 
 
