@@ -123,9 +123,11 @@ def distill(
     iterations, atomically. clip: largest norm of each learnable's gradient. callback: called with
     (finished iterations, a copy of the set) every `callback_every` iterations and at the end.
 
-    Raises `NonFiniteError` at the first loss or gradient that is not finite, with the method, the
-    iteration and the setting to change; the set before it is kept beside the checkpoint as
-    `<checkpoint>.last_good.safetensors`. Book: notebooks/07_covmatch.
+    Raises `NonFiniteError` at the first loss, gradient or set that is not finite, with the method,
+    the iteration and the setting to change; the last finite set is kept beside the checkpoint as
+    `<checkpoint>.last_good.safetensors`. Raises `ArtefactError` for a checkpoint of another method,
+    seed, protocol or dataset, or of other settings (but for the number of iterations).
+    Book: notebooks/07_covmatch.
     """
     done = _resume(method, checkpoint)
     process = psutil.Process()
@@ -140,14 +142,17 @@ def distill(
     for iteration in bar:
         begin = time.perf_counter()
         method.optimizer.zero_grad(set_to_none=True)
+        before = {name: t.detach().clone() for name, t in method.learnables().items()}
         terms = method.backward(iteration)
-        _guard(method, iteration, terms, checkpoint)
+        _guard(method, iteration, terms, before, checkpoint)
         if clip is not None:
             for tensor in method.learnables().values():
                 if tensor.grad is not None:
                     torch.nn.utils.clip_grad_norm_([tensor], clip)
         method.optimizer.step()
         terms |= method.after_step(iteration)
+        # Again, as the step itself can overflow: nothing that is not finite is saved or exported.
+        _guard(method, iteration, terms, before, checkpoint)
         done.seconds += time.perf_counter() - begin
         done.iterations = iteration + 1
         for name, value in terms.items():
@@ -157,7 +162,8 @@ def distill(
             bar.set_postfix(loss=f"{terms['loss']:.4g}", GB=f"{done.peak_memory_bytes / 1e9:.2f}")
         last = done.iterations == iterations
         if checkpoint is not None and (last or done.iterations % checkpoint_every == 0):
-            save_state(checkpoint, {"method": method.state_dict(), "progress": vars(done)})
+            state = {"method": method.state_dict(), "progress": vars(done)}
+            save_state(checkpoint, state | {"owner": _owner(method)})
         if callback is not None and (last or done.iterations % callback_every == 0):
             callback(done.iterations, method.export())
     bar.close()
@@ -169,6 +175,10 @@ def _resume(method: Distiller, checkpoint: Path | None) -> Progress:
         return Progress()
     state = load_state(checkpoint)
     try:
+        # Shapes alone do not tell: other settings would silently go on from this one's.
+        other = [key for key, value in _owner(method).items() if state["owner"][key] != value]
+        if other:
+            raise ValueError(f"made with another {' and '.join(other)}")
         method.load_state_dict(state["method"])
         return Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -178,26 +188,45 @@ def _resume(method: Distiller, checkpoint: Path | None) -> Progress:
         ) from error
 
 
+def _owner(method: Distiller) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from. More iterations are no other run."""
+    context = method.context
+    return {
+        "method": method.name,
+        "settings": method.config.model_dump(mode="json", exclude={"iterations"}),
+        "seed": method.seed,
+        "protocol": context.protocol,
+        "dataset": context.real.dataset.fingerprint,
+    }
+
+
 def _guard(
-    method: Distiller, iteration: int, terms: dict[str, float], checkpoint: Path | None
+    method: Distiller,
+    iteration: int,
+    terms: dict[str, float],
+    before: dict[str, Tensor],
+    checkpoint: Path | None,
 ) -> None:
+    """Stop at a number that is not finite; `before` is the set at the start of the iteration."""
+    learnables = method.learnables()
+    broken = [name for name, tensor in learnables.items() if not torch.isfinite(tensor).all()]
     bad = [name for name, value in terms.items() if not np.isfinite(value)]
     bad += [
         f"gradient of {name}"
-        for name, tensor in method.learnables().items()
+        for name, tensor in learnables.items()
         if tensor.grad is not None and not torch.isfinite(tensor.grad).all()
     ]
+    bad += [f"{name} after the step" for name in broken]
     if not bad:
         return
     kept = "nothing was kept, as no checkpoint was asked for"
     if checkpoint is not None:
-        finite = all(bool(torch.isfinite(t).all()) for t in method.learnables().values())
-        if finite:
-            path = checkpoint.with_suffix(".last_good.safetensors")
-            method.export().save(path)
-            kept = f"the last good set is in {path}"
-        else:
-            kept = f"the last good state is the checkpoint {checkpoint}"
+        with torch.no_grad():
+            for name, tensor in learnables.items() if broken else ():
+                tensor.copy_(before[name])
+        path = checkpoint.with_suffix(".last_good.safetensors")
+        method.export().save(path)
+        kept = f"the last good set is in {path}"
     raise NonFiniteError(
         f"{method.name}, iteration {iteration}: not finite: {', '.join(bad)}. "
         f"Likely cure: {method.hint()}; {kept}."

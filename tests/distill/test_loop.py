@@ -1,0 +1,401 @@
+"""The loop: kills, foreign checkpoints, numbers that are not finite, clipping, history."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from mmdd.distill import Context, CovMatch, CovMatchConfig, Distiller, Progress, distill
+from mmdd.errors import ArtefactError, NonFiniteError
+from mmdd.synthetic import SyntheticPairs
+
+MakeContext = Callable[..., Context]
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS: dict[str, Any] = {
+    "iterations": 12,
+    "real_batch": 8,
+    "reset_every": 5,
+    "normalize": True,
+    "optimizer": "adam",
+    "lr_image": 0.01,
+    "lr_text": 0.01,
+}
+
+
+def covmatch(context: Context, **changes: Any) -> CovMatch:
+    return CovMatch(CovMatchConfig(**{**SETTINGS, **changes}), context)
+
+
+def assert_same_bits(a: SyntheticPairs, b: SyntheticPairs) -> None:
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.texts, b.texts)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+# Distils in a process of its own for every line it reads (a folder and an optimiser), and tells of
+# every iteration, so that the process can be shot. Importing torch once saves ten seconds each.
+SCRIPT = textwrap.dedent(
+    """
+    import os
+    import sys
+    from pathlib import Path
+
+    import torch
+
+    from mmdd.batches import RealBatches, real_pairs
+    from mmdd.data.scenes import Scenes
+    from mmdd.distill import Context, CovMatch, CovMatchConfig, distill
+    from mmdd.encoders import ModelConfig, build_model
+    from mmdd.selection import select
+
+
+    scenes = Scenes.generate({"train": 40, "val": 2, "test": 2})
+    model = build_model(ModelConfig(dim=12))
+
+
+    def distil(folder, optimizer):
+        images, choice = select("random", scenes, 6, 0)
+        start = real_pairs(scenes, images, choice, model, "both")
+        real = RealBatches(scenes, "train", model, "both", torch.device("cpu"))
+        config = CovMatchConfig(
+            iterations=40, real_batch=8, reset_every=7, synthetic_batch=5, normalize=True,
+            optimizer=optimizer, lr_image=0.01, lr_text=0.01,
+        )
+        method = CovMatch(config, Context(start, real, model, "both", seed=3))
+        result, progress = distill(
+            method, 40, checkpoint=folder / "checkpoint.safetensors", checkpoint_every=3,
+            progress=False, callback=lambda i, s: print(i, flush=True), callback_every=1,
+        )
+        assert progress.iterations == 40 and len(progress.history["loss"]) == 40
+        result.save(folder / "set.safetensors")
+
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        folder, optimizer = line.split()
+        child = os.fork()
+        if child == 0:
+            distil(Path(folder), optimizer)
+            os._exit(0)
+        print("pid", child, flush=True)
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    script = tmp_path_factory.mktemp("runner") / "distil.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    yield process
+    process.communicate()
+
+
+def shoot(
+    runner: subprocess.Popen[str], folder: Path, optimizer: str, at: int | None, delay: float = 0.0
+) -> tuple[list[int], int]:
+    """(iterations that were heard of, exit code) of a run that is killed after iteration `at`."""
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    folder.mkdir(exist_ok=True)
+    runner.stdin.write(f"{folder} {optimizer}\n")
+    runner.stdin.flush()
+    heard, child = [], 0
+    for line in runner.stdout:
+        if line.startswith("pid"):
+            child = int(line.split()[1])
+        elif line.startswith("ended"):
+            return heard, int(line.split()[1])
+        else:
+            heard.append(int(line))
+            if heard[-1] == at:
+                time.sleep(delay)
+                os.kill(child, signal.SIGKILL)
+    raise AssertionError("the runner ended")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_killed_runs_end_in_the_same_bits(
+    tmp_path: Path, runner: subprocess.Popen[str], optimizer: str
+) -> None:
+    whole, code = shoot(runner, tmp_path / "whole", optimizer, None)
+    assert (whole, code) == (list(range(1, 41)), 0)
+    moments = random.Random(optimizer)
+    done = 0
+    for low, high in ((1, 8), (13, 20), (25, 36)):
+        at = moments.randint(low, high)
+        # Some milliseconds later, in the middle of whatever comes next.
+        heard, code = shoot(runner, tmp_path / "shot", optimizer, at, 0.03 * moments.random())
+        assert code == -signal.SIGKILL
+        # The last kill may have come after a checkpoint and before the word of it.
+        assert heard[0] in (done + 1, done + 4), "it did not go on from the last checkpoint"
+        done = heard[-1] // 3 * 3
+    heard, code = shoot(runner, tmp_path / "shot", optimizer, None)
+    assert code == 0
+    assert heard[0] in (done + 1, done + 4)
+    assert heard[-1] == 40
+    first, second = (
+        SyntheticPairs.load(tmp_path / name / "set.safetensors") for name in ("whole", "shot")
+    )
+    assert_same_bits(first, second)
+
+
+def test_resume_in_the_middle(make_context: MakeContext, tmp_path: Path) -> None:
+    whole, progress = distill(covmatch(make_context()), 12, progress=False)
+    path = tmp_path / "checkpoint.safetensors"
+    for iterations in (4, 9, 12):
+        part, resumed = distill(
+            covmatch(make_context()), iterations, checkpoint=path, progress=False
+        )
+        assert resumed.iterations == iterations
+    assert_same_bits(whole, part)
+    assert resumed.history == progress.history
+    assert resumed.seconds > 0
+    again, _ = distill(covmatch(make_context()), 12, checkpoint=path, progress=False)
+    assert_same_bits(whole, again)
+
+
+@pytest.mark.parametrize(
+    ("context", "changes"),
+    [
+        ({"pairs": 7}, {}),
+        ({"protocol": "heads"}, {}),
+        ({"seed": 1}, {}),
+        ({}, {"rho": 3.0}),
+        ({}, {"lr_image": 0.02}),
+        ({}, {"optimizer": "sgd"}),
+        ({}, {"learn_texts": False}),
+        ({"model": "resnet-bert"}, {}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    make_context: MakeContext, tmp_path: Path, context: dict, changes: dict
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    distill(covmatch(make_context()), 2, checkpoint=path, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(ArtefactError, match=r"checkpoint\.safetensors does not fit.*Remove it"):
+        distill(covmatch(make_context(**context), **changes), 4, checkpoint=path, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(make_context: MakeContext, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    distill(covmatch(make_context()), 2, checkpoint=path, progress=False)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArtefactError, match="checkpoint"):
+        distill(covmatch(make_context()), 4, checkpoint=path, progress=False)
+
+
+def test_more_iterations_go_on_from_a_shorter_run(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    distill(covmatch(make_context(), iterations=4), 4, checkpoint=path, progress=False)
+    longer, _ = distill(covmatch(make_context()), 12, checkpoint=path, progress=False)
+    whole, _ = distill(covmatch(make_context()), 12, progress=False)
+    assert_same_bits(whole, longer)
+
+
+# -- numbers that are not finite -------------------------------------------------------------------
+
+
+def test_divergence_names_method_iteration_and_setting(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    method = covmatch(make_context(), optimizer="sgd", normalize=False, lr_image=1e6, lr_text=1e6)
+    path = tmp_path / "c.safetensors"
+    pattern = r"covmatch, iteration \d+: not finite: .*lr_image \(1000000\.0\)"
+    with pytest.raises(NonFiniteError, match=pattern) as error:
+        distill(method, 50, checkpoint=path, checkpoint_every=1, progress=False)
+    good = tmp_path / "c.last_good.safetensors"
+    assert str(good) in str(error.value)
+    kept = SyntheticPairs.load(good)
+    assert torch.isfinite(kept.images).all()
+    assert torch.isfinite(kept.texts).all()
+    with pytest.raises(NonFiniteError):  # the checkpoint holds a state that can be gone on from
+        distill(
+            covmatch(make_context(), optimizer="sgd", normalize=False, lr_image=1e6, lr_text=1e6),
+            50,
+            checkpoint=path,
+            progress=False,
+        )
+
+
+class Settings(BaseModel):
+    iterations: int = 3
+    clip: float | None = None
+
+
+class Line(Distiller):
+    """The smallest method: one gradient that is given, and faults on demand."""
+
+    name = "line"
+
+    def __init__(self, context: Context, lr: float = 1.0, **faults: int) -> None:
+        super().__init__(Settings(), context)
+        self.x = context.start.images.clone().requires_grad_()
+        self.optimizer = torch.optim.SGD([self.x], lr=lr)
+        self.faults = faults
+        self.gradients: list[float] = []
+
+    def learnables(self) -> dict[str, Tensor]:
+        return {"x": self.x}
+
+    def backward(self, iteration: int) -> dict[str, float]:
+        self.x.grad = torch.full_like(self.x, 2.0)
+        if self.faults.get("gradient") == iteration:
+            self.x.grad[0, 0, 0, 0] = torch.nan
+        loss = float("inf") if self.faults.get("loss") == iteration else 10.0 - iteration
+        return {"loss": loss, "term": 1.0}
+
+    def after_step(self, iteration: int) -> dict[str, float]:
+        assert self.x.grad is not None
+        self.gradients.append(self.x.grad.norm().item())
+        return {"model": float("nan") if self.faults.get("model") == iteration else 0.5}
+
+    def export(self) -> SyntheticPairs:
+        return SyntheticPairs(self.x.detach().clone(), self.context.start.texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": self.x}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.x.copy_(state["x"])
+
+
+@pytest.mark.parametrize(
+    ("faults", "named", "steps"),
+    [
+        ({"loss": 2}, "loss", 2),
+        ({"gradient": 2}, "gradient of x", 2),
+        ({"model": 2}, "model", 3),  # the step on the set itself was good
+    ],
+)
+@pytest.mark.parametrize("iterations", [3, 5])
+def test_the_last_good_set_is_kept(
+    make_context: MakeContext,
+    tmp_path: Path,
+    faults: dict[str, int],
+    named: str,
+    steps: int,
+    iterations: int,
+) -> None:
+    context = make_context()
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(NonFiniteError, match=f"line, iteration 2: not finite: {named}\\. Likely"):
+        distill(
+            Line(context, **faults), iterations, checkpoint=path, checkpoint_every=1, progress=False
+        )
+    kept = SyntheticPairs.load(tmp_path / "c.last_good.safetensors")
+    torch.testing.assert_close(kept.images, context.start.images - 2.0 * steps)
+    method = Line(context)  # the checkpoint is that of the last iteration that went well
+    assert distill(method, 2, checkpoint=path, progress=False)[1].iterations == 2
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_step_that_overflows_is_no_result(
+    make_context: MakeContext, tmp_path: Path, iterations: int
+) -> None:
+    context = make_context()
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(NonFiniteError, match="iteration 0: not finite: x after the step"):
+        distill(Line(context, lr=3e38), iterations, checkpoint=path, progress=False)
+    kept = SyntheticPairs.load(tmp_path / "c.last_good.safetensors")
+    assert torch.equal(kept.images, context.start.images)
+    assert not path.exists()
+    with pytest.raises(NonFiniteError, match="nothing was kept"):
+        distill(Line(context, lr=3e38), iterations, progress=False)
+
+
+# -- clipping, history, callback -------------------------------------------------------------------
+
+
+def test_clip(make_context: MakeContext) -> None:
+    context = make_context()
+    method = Line(context)
+    distill(method, 2, clip=0.25, progress=False)
+    np.testing.assert_allclose(method.gradients, 0.25, rtol=1e-4)
+    free = Line(context)
+    distill(free, 1, clip=1e6, progress=False)
+    assert free.gradients[0] == pytest.approx(2.0 * context.start.images.numel() ** 0.5)
+
+
+def test_clip_is_per_learnable(make_context: MakeContext) -> None:
+    start = make_context().start
+    method = covmatch(make_context(), optimizer="sgd", momentum=0.0, lr_image=1.0, lr_text=1.0)
+    result, _ = distill(method, 1, clip=0.01, progress=False)
+    assert (result.texts - start.texts).norm().item() == pytest.approx(0.01, rel=1e-2)
+    step = (result.images - start.images) / method.set.std
+    assert step.norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+def test_history_and_its_thinning(make_context: MakeContext) -> None:
+    _, progress = distill(Line(make_context()), 7, progress=False)
+    assert progress.history == {
+        "loss": [10.0 - i for i in range(7)],
+        "term": [1.0] * 7,
+        "model": [0.5] * 7,
+    }
+    assert progress.thinned(3)["iteration"] == [0.0, 3.0, 6.0]
+    assert progress.thinned(3)["loss"] == [10.0, 7.0, 4.0]
+    assert progress.thinned()["loss"] == progress.history["loss"]
+    assert progress.peak_memory_bytes > 1 << 20
+    many = Progress(history={"loss": [float(i) for i in range(12345)]})
+    assert len(many.thinned()["loss"]) == 200
+    assert many.thinned()["iteration"][-1] == 12344
+    assert Progress().thinned() == {"iteration": []}
+
+
+def test_callback(make_context: MakeContext) -> None:
+    seen = []
+    method = Line(make_context())
+    distill(method, 5, progress=False, callback=lambda i, s: seen.append((i, s)), callback_every=2)
+    assert [i for i, _ in seen] == [2, 4, 5]
+    start = method.context.start.images
+    for i, pairs in seen:  # each a copy of its own
+        torch.testing.assert_close(pairs.images, start - 2.0 * i)
+
+
+def test_a_callback_changes_nothing(make_context: MakeContext) -> None:
+    def spoil(iteration: int, pairs: SyntheticPairs) -> None:
+        pairs.images.zero_()
+        pairs.texts.zero_()
+
+    plain, _ = distill(covmatch(make_context()), 3, progress=False)
+    watched, _ = distill(
+        covmatch(make_context()), 3, progress=False, callback=spoil, callback_every=1
+    )
+    assert_same_bits(plain, watched)
+
+
+def test_the_bar_is_quiet_on_demand(
+    make_context: MakeContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill(Line(make_context()), 2, progress=False)
+    assert capsys.readouterr().err == ""
+    distill(Line(make_context()), 2)
+    assert "line: 100%" in capsys.readouterr().err
