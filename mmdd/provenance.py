@@ -43,8 +43,19 @@ def source_hash() -> str:
                 and isinstance(node.body[0].value.value, str)
             ):
                 node.body[0].value.value = ""
-        digest.update(f"{relative}\n{ast.unparse(tree)}\n".encode())
+        digest.update(f"{relative}\n{_plain(tree)!r}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as nested lists that are the same in every version of Python.
+
+    `ast.unparse` and `ast.dump` change with it, and so do the empty fields, left out here.
+    """
+    if isinstance(node, ast.AST):
+        fields = [[n, _plain(v)] for n, v in ast.iter_fields(node) if v is not None and v != []]
+        return [type(node).__name__, fields]
+    return [_plain(item) for item in node] if isinstance(node, list) else node
 
 
 def environment(device: torch.device) -> dict[str, Any]:
