@@ -38,6 +38,7 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
 
     Book: notebooks/run.
     """
+    source_hash()  # before anything runs: the files may change while it does
     store = ResultsStore(results_dir)
     runtime = config.runtime
     if runtime.threads is not None:
@@ -56,6 +57,8 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
                 "the dataset another name, or use another results folder."
             )
         return found
+    for split in ("train", "val", "test"):
+        dataset.indices(split)  # a missing one is an error now, not after the distillation
 
     device = resolve_device(runtime.device)
     template = build_model(config.model).to(device)
@@ -114,7 +117,8 @@ def student_factory(template: DualEncoder, seed: int) -> Callable[[int], DualEnc
 
 
 def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
-    return folder / "checkpoints" / f"{config.set_id}.safetensors"
+    # What other code began, this code does not finish.
+    return folder / "checkpoints" / f"{config.set_id}-{source_hash()}.safetensors"
 
 
 def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -> SyntheticPairs:
