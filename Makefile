@@ -31,8 +31,9 @@ book: $(STAMP)  ## build the book into _build/html; warnings are errors
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	$(BIN)/python tools/check_book.py
 
-test: $(STAMP)  ## run all tests
+test: $(STAMP)  ## run all tests, and the cheap chapters cell by cell
 	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --nbval-lax notebooks/01_data.ipynb notebooks/04_linear_contrastive.ipynb
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Batches on a device: real pairs from a dataset, and pairs of a distilled set."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,25 @@ def pixels(images: np.ndarray, device: torch.device) -> Tensor:
     return tensor.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
+@contextmanager
+def inference(model: DualEncoder) -> Iterator[None]:
+    """Without dropout and without gradients; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _tokens(texts: list[str], model: DualEncoder, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (T, L) on the device; columns that are padding everywhere are cut."""
+    ids, mask = model.text_encoder.tokenize(texts)
+    width = int(mask.sum(dim=1).max())
+    return ids[:, :width].to(device), mask[:, :width].to(device)
+
+
 class TextTable:
     """Every caption of a split in the form that a protocol feeds to the model, computed once.
 
@@ -56,20 +76,15 @@ class TextTable:
         self._first[members] = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self.image_of_text = owner
         self.mask: Tensor | None
-        ids, mask = model.text_encoder.tokenize(texts)
-        width = int(mask.sum(dim=1).max())  # columns that are padding everywhere cost time only
-        ids, mask = ids[:, :width].to(device), mask[:, :width].to(device)
+        ids, mask = _tokens(texts, model, device)
         if text_is_tokens(protocol):
             self.texts, self.mask = ids, mask
             return
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with inference(model):
             parts = [
                 model.text_features(ids[i : i + block], mask[i : i + block])
                 for i in range(0, len(ids), block)
             ]
-        model.train(was_training)
         self.texts, self.mask = torch.cat(parts), None
 
     def rows(self, images: np.ndarray, choice: np.ndarray) -> np.ndarray:
@@ -156,17 +171,12 @@ def real_pairs(
     its form and must be on the CPU or any one device; the set comes back on the CPU.
     """
     device = next(model.parameters()).device
-    ids, mask = model.text_encoder.tokenize(dataset.texts_of(images, choice))
-    width = int(mask.sum(dim=1).max())
-    ids, mask = ids[:, :width].to(device), mask[:, :width].to(device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    ids, mask = _tokens(dataset.texts_of(images, choice), model, device)
+    with inference(model):
         if text_is_tokens(protocol):
             texts = model.text_encoder.embed(ids)
         else:
             texts = model.text_features(ids, mask)
-    model.train(was_training)
     return SyntheticPairs(
         pixels(dataset.images[images], torch.device("cpu")),
         texts.float().cpu(),

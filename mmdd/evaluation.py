@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmdd import losses
-from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, pixels
+from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, inference, pixels
 from mmdd.data.pairs import PairDataset
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ConfigError, NonFiniteError
@@ -78,23 +78,20 @@ class SplitScorer:
     def _image_blocks(self) -> list[np.ndarray]:
         return [self.images[i : i + self.block] for i in range(0, len(self.images), self.block)]
 
-    @torch.no_grad()
     def score(self, model: DualEncoder) -> dict[str, float]:
         """Recall@1/5/10 in both directions and their mean, in percent."""
-        was_training = model.training
-        model.eval()
-        if self._image_features is not None:
-            z_image = [F.normalize(model.image_head(h), dim=-1) for h in self._image_features]
-        else:
-            z_image = [
-                model.embed_images(pixels(part, self.device)) for part in self._image_blocks()
-            ]
-        z_text = []
-        for start in range(0, len(self.table.texts), self.block):
-            rows = slice(start, start + self.block)
-            mask = None if self.table.mask is None else self.table.mask[rows]
-            z_text.append(model.embed_texts(self.table.texts[rows], mask))
-        model.train(was_training)
+        with inference(model):
+            if self._image_features is not None:
+                z_image = [F.normalize(model.image_head(h), dim=-1) for h in self._image_features]
+            else:
+                z_image = [
+                    model.embed_images(pixels(part, self.device)) for part in self._image_blocks()
+                ]
+            z_text = []
+            for start in range(0, len(self.table.texts), self.block):
+                rows = slice(start, start + self.block)
+                mask = None if self.table.mask is None else self.table.mask[rows]
+                z_text.append(model.embed_texts(self.table.texts[rows], mask))
         return recall_at_k(
             torch.cat(z_image).float(), torch.cat(z_text).float(), self.table.image_of_text
         )

@@ -45,6 +45,12 @@ class EncoderPair(BaseModel):
     text_head: Literal["linear", "mlp"] = "linear"
 
 
+# The encoders of the papers.
+_NFNET = ImageEncoderSpec(kind="timm", name="nfnet_l0", weights="hub", image_size=224)
+_BERT = TextEncoderSpec(
+    kind="huggingface", name="bert-base-uncased", weights="hub", pooling="cls", max_length=32
+)
+
 PAIRS: dict[str, EncoderPair] = {
     "scenes-tiny": EncoderPair(
         image=ImageEncoderSpec(
@@ -70,30 +76,10 @@ PAIRS: dict[str, EncoderPair] = {
         ),
         dim=128,
     ),
-    "nfnet-bert": EncoderPair(
-        image=ImageEncoderSpec(kind="timm", name="nfnet_l0", weights="hub", image_size=224),
-        text=TextEncoderSpec(
-            kind="huggingface",
-            name="bert-base-uncased",
-            weights="hub",
-            pooling="cls",
-            max_length=32,
-        ),
-        dim=2304,
-    ),
+    "nfnet-bert": EncoderPair(image=_NFNET, text=_BERT, dim=2304),
     # The architecture of MTT-VL, TESLA, LoRS and MDM: no image projection, a residual text head.
     "nfnet-bert-lors": EncoderPair(
-        image=ImageEncoderSpec(kind="timm", name="nfnet_l0", weights="hub", image_size=224),
-        text=TextEncoderSpec(
-            kind="huggingface",
-            name="bert-base-uncased",
-            weights="hub",
-            pooling="cls",
-            max_length=32,
-        ),
-        dim=2304,
-        image_head="none",
-        text_head="mlp",
+        image=_NFNET, text=_BERT, dim=2304, image_head="none", text_head="mlp"
     ),
 }
 
