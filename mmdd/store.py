@@ -26,7 +26,7 @@ class ResultsStore:
             return _read(path)
         for path in sorted(self.folder.glob("*.jsonl")):
             # Parsing a line costs more than looking for the id in it first.
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(_text(path).splitlines(), 1):
                 if f'"run_id": "{run_id}"' in line:
                     return _parse(line, f"{path}, line {number}")
         return None
@@ -36,10 +36,11 @@ class ResultsStore:
         seen: set[str] = set()
         for path in sorted(self.folder.glob("*/*.json")):
             record = _read(path)
-            seen.add(record["run_id"])
-            yield record
+            if record["run_id"] not in seen:
+                seen.add(record["run_id"])
+                yield record
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(_text(path).splitlines(), 1):
                 if not line.strip():
                     continue
                 record = _parse(line, f"{path}, line {number}")
@@ -66,7 +67,9 @@ class ResultsStore:
         target = self.folder / f"{sweep}.jsonl"
         merged: dict[str, dict[str, Any]] = {}
         if target.exists():
-            for number, line in enumerate(target.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(_text(target).splitlines(), 1):
+                if not line.strip():
+                    continue
                 record = _parse(line, f"{target}, line {number}")
                 merged[record["run_id"]] = record
         for path in singles:
@@ -82,21 +85,35 @@ class ResultsStore:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(encoding="utf-8"), str(path))
+    return _parse(_text(path), str(path))
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _unreadable(f"{path}, line {line}", error) from error
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-        schema = record["schema"]
+        newer = record["schema"] > SCHEMA
         record["run_id"], record["sweep"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise _unreadable(where, error) from error
+    if newer:
         raise StoreError(
-            f"{where} is not a result record ({error!r}): restore it from version control, or "
-            "remove it and run it again."
-        ) from error
-    if schema > SCHEMA:
-        raise StoreError(
-            f"{where} has schema {schema}, this mmdd reads up to {SCHEMA}: install a newer mmdd."
+            f"{where} has schema {record['schema']}, this mmdd reads up to {SCHEMA}: install a "
+            "newer mmdd."
         )
     return record
+
+
+def _unreadable(where: str, error: Exception) -> StoreError:
+    return StoreError(
+        f"{where} is not a result record ({error!r}): restore it from version control, or "
+        "remove it and run it again."
+    )

@@ -1,0 +1,154 @@
+"""The results store: whole records, packed or not, and errors that name the line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdd.errors import StoreError
+from mmdd.store import SCHEMA, ResultsStore
+
+
+def record(run_id: str, sweep: str = "s", **values: Any) -> dict[str, Any]:
+    return {"schema": SCHEMA, "run_id": run_id, "sweep": sweep, "note": "größer", **values}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultsStore:
+    return ResultsStore(tmp_path / "results")
+
+
+def ids(store: ResultsStore) -> list[str]:
+    return [r["run_id"] for r in store.records()]
+
+
+def test_an_empty_store(store: ResultsStore) -> None:
+    assert store.find("a") is None
+    assert ids(store) == []
+    with pytest.raises(StoreError, match="sweep 's' has no record"):
+        store.pack("s")
+    assert not store.folder.exists()
+
+
+def test_write_and_find(store: ResultsStore) -> None:
+    path = store.write(record("a", value=0.1))
+    assert path == store.folder / "s" / "a.json"
+    assert store.find("a") == record("a", value=0.1)
+    assert ResultsStore(str(store.folder)).find("a") == record("a", value=0.1)
+    assert store.find("b") is None
+    store.write(record("a", value=0.2))
+    assert store.find("a") == record("a", value=0.2)
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_other_files_of_a_sweep_are_no_records(store: ResultsStore) -> None:
+    store.write(record("a"))
+    for name in ("sets/x.safetensors", "checkpoints/y.safetensors", "notebooks/a.ipynb"):
+        path = store.folder / "s" / name
+        path.parent.mkdir()
+        path.write_text("{}")
+    (store.folder / "README.md").write_text("hello")
+    assert ids(store) == ["a"]
+
+
+def test_packing(store: ResultsStore) -> None:
+    for name in ("c", "a"):
+        store.write(record(name, value=1))
+    path = store.pack("s")
+    assert path == store.folder / "s.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["run_id"] for line in lines] == ["a", "c"]
+    assert list((store.folder / "s").glob("*.json")) == []
+    assert store.find("c") == record("c", value=1)
+    before = path.read_bytes()
+    assert store.pack("s") == path
+    assert path.read_bytes() == before  # idempotent
+
+    store.write(record("b"))
+    store.write(record("c", value=2))  # done again: the newer one counts, packed or not
+    assert store.find("c") == record("c", value=2)
+    assert [r.get("value") for r in store.records()] == [None, 2, 1]
+    store.pack("s")
+    lines_after = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["run_id"] for line in lines_after] == ["a", "b", "c"]
+    assert lines_after[0] == lines[0]
+    assert store.find("c") == record("c", value=2)
+
+
+def test_sweeps_are_packed_one_by_one(store: ResultsStore) -> None:
+    store.write(record("a", "one"))
+    store.write(record("b", "two"))
+    store.pack("one")
+    assert sorted(p.name for p in store.folder.glob("*.jsonl")) == ["one.jsonl"]
+    assert ids(store) == ["b", "a"]
+    assert store.find("a") == record("a", "one")
+
+
+def test_a_run_in_two_sweeps_comes_once(store: ResultsStore) -> None:
+    store.write(record("a", "one"))
+    store.write(record("a", "two"))
+    assert ids(store) == ["a"]
+    store.pack("one")
+    assert ids(store) == ["a"]
+
+
+def test_blank_lines_do_not_matter(store: ResultsStore) -> None:
+    store.write(record("a"))
+    path = store.pack("s")
+    path.write_text(path.read_text() + "\n\n")
+    assert ids(store) == ["a"]
+    store.pack("s")
+    assert path.read_text().count("\n") == 1
+
+
+DAMAGED = [
+    b'{"schema": 1, "run_id": "b", "sw',
+    b"[1, 2]",
+    b'{"run_id": "b", "sweep": "s"}',
+    b'{"schema": 1, "sweep": "s"}',
+    b'{"schema": "x", "run_id": "b", "sweep": "s"}',
+    b'{"schema": 1, "run_id": "b", "sweep": "\xff"}',
+    b"<<<<<<< HEAD",
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_record_is_named(store: ResultsStore, content: bytes) -> None:
+    store.write(record("a"))
+    (store.folder / "s" / "b.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"b\.json.* is not a result record.*remove it"):
+        ids(store)
+    with pytest.raises(StoreError, match=r"b\.json"):
+        store.find("b")
+    with pytest.raises(StoreError, match=r"b\.json"):
+        store.pack("s")
+    assert store.find("a") == record("a")
+    assert not (store.folder / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_line_is_named(store: ResultsStore, content: bytes) -> None:
+    for name in ("a", "c"):
+        store.write(record(name))
+    path = store.pack("s")
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\n" + content + b"\n" + second + b"\n")
+    before = path.read_bytes()
+    for action in (lambda: ids(store), lambda: store.pack("s")):
+        with pytest.raises(StoreError, match=r"s\.jsonl, line 2 is not a result record"):
+            action()
+    assert path.read_bytes() == before
+
+
+def test_a_newer_schema_is_refused(store: ResultsStore) -> None:
+    store.write(record("a") | {"schema": SCHEMA + 1})
+    with pytest.raises(StoreError, match=r"a\.json has schema 2.*install a newer"):
+        store.find("a")
+    with pytest.raises(StoreError, match="install a newer"):
+        store.pack("s")
+    (store.folder / "s" / "a.json").rename(store.folder / "x.jsonl")
+    text = json.dumps(record("a") | {"schema": SCHEMA + 1})
+    (store.folder / "x.jsonl").write_text(text + "\n")
+    with pytest.raises(StoreError, match=r"x\.jsonl, line 1 has schema 2"):
+        ids(store)
