@@ -1,0 +1,156 @@
+"""Configurations: what they refuse, and which of their parts name a run."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mmdd.config import RunConfig, method_entry
+from mmdd.distill import METHODS, CovMatch, CovMatchConfig
+from mmdd.errors import ConfigError
+from mmdd.selection import SELECTORS
+
+
+def make(**values: Any) -> RunConfig:
+    return RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"pair": 3}, "pair"),
+        ({"dataset": {"sise": 32}}, r"dataset\.sise"),
+        ({"model": {"dims": 4}}, r"model\.dims"),
+        ({"model": {"image": {"kind": "timm", "name": "x", "image_size": 8, "w": 1}}}, r"image\.w"),
+        ({"settings": {"rhoo": 1.0}}, "rhoo"),
+        ({"evaluation": {"epoch": 4}}, r"evaluation\.epoch"),
+        ({"runtime": {"cuda": True}}, r"runtime\.cuda"),
+    ],
+)
+def test_unknown_keys_are_refused_at_every_level(values: dict, named: str) -> None:
+    with pytest.raises(ValidationError, match=rf"(?s){named}.*Extra inputs are not permitted"):
+        make(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"pairs": 0}, "pairs"),
+        ({"seed": -1}, "seed"),
+        ({"protocol": "head"}, "protocol"),
+        ({"dataset": {"size": 4}}, "size"),
+        ({"dataset": {"reader": "flickr"}}, "reader"),
+        ({"dataset": {"train": 1}}, "train"),
+        ({"settings": {"rho": -1}}, "rho"),
+        ({"evaluation": {"momentum": 1.0}}, "momentum"),
+        ({"sweep": "../elsewhere"}, "sweep"),
+        ({"sweep": ""}, "sweep"),
+        ({"runtime": {"threads": 0}}, "threads"),
+    ],
+)
+def test_impossible_values_are_refused(values: dict, named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        make(**values)
+
+
+def test_names_of_methods_and_starts() -> None:
+    for method in (*METHODS, *SELECTORS, "full"):
+        assert make(method=method).method == method
+    with pytest.raises(
+        ValidationError, match=r"method 'covmach' is unknown; known: covmatch.*full"
+    ):
+        make(method="covmach")
+    with pytest.raises(ValidationError, match="init 'noise' is unknown; known: random"):
+        make(init="noise")
+
+
+def test_settings_belong_to_the_method() -> None:
+    assert make().settings == CovMatchConfig()
+    assert make(settings={"rho": 3}).settings == CovMatchConfig(rho=3.0)
+    assert make(settings=CovMatchConfig(rho=3.0)).run_id == make(settings={"rho": 3}).run_id
+    assert make(method="random").settings is None
+    assert make(method="random", settings=None).settings is None
+    for method in ("random", "full"):
+        with pytest.raises(ValidationError, match=f"method '{method}' has no settings"):
+            make(method=method, settings={"rho": 3})
+
+
+def test_method_entry() -> None:
+    assert method_entry(make()).distiller is CovMatch
+    with pytest.raises(ConfigError, match="'random' selects pairs"):
+        method_entry(make(method="random"))
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+
+def test_where_and_how_do_not_name_a_run() -> None:
+    plain = make()
+    elsewhere = make(
+        sweep="other",
+        runtime={"device": "cpu", "threads": 2, "data": "/photos", "checkpoint_every": 7},
+    )
+    assert plain.run_id == elsewhere.run_id
+    assert plain.set_id == elsewhere.set_id
+    assert not {"sweep", "runtime"} & plain.identity().keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "random"},
+        {"pairs": 50},
+        {"protocol": "heads"},
+        {"seed": 1},
+        {"dataset": {"train": 50}},
+        {"dataset": {"name": "mine"}},
+        {"model": {"dim": 64}},
+        {"model": {"pair": "cifar-minilm"}},
+        {"settings": {"rho": 3.0}},
+    ],
+    ids=str,
+)
+def test_everything_that_decides_the_set_names_it(change: dict) -> None:
+    assert make(**change).run_id != make().run_id
+    assert make(**change).set_id != make().set_id
+
+
+def test_the_evaluation_names_the_run_but_not_the_set() -> None:
+    changed = make(evaluation={"epochs": 7})
+    assert changed.run_id != make().run_id
+    assert changed.set_id == make().set_id
+
+
+def test_what_a_method_does_not_use_is_no_part_of_its_name() -> None:
+    assert make(method="full", pairs=5).run_id == make(method="full", pairs=6).run_id
+    assert "pairs" not in make(method="full").identity()
+    assert "pairs" in make(method="random").identity()
+    assert "init" not in make(method="random").identity()
+    assert "init" in make().identity()
+
+
+def test_spelling_does_not_count() -> None:
+    assert make(settings={"rho": 2, "lambda_": 0.1}).run_id == make(settings={}).run_id
+    written_out = make().model_dump(mode="json")
+    assert RunConfig.model_validate(json.loads(json.dumps(written_out))).run_id == make().run_id
+
+
+def test_run_ids_stand() -> None:
+    """The names of the records that are committed: a change of a default renames runs."""
+    config = make(
+        method="random",
+        pairs=100,
+        protocol="both",
+        dataset={"train": 1000, "val": 100, "test": 200},
+        evaluation={"students": 5, "epochs": 60, "scores": 3},
+    )
+    assert config.run_id == "3db3231fde780f64"
+    assert make(method="covmatch", pairs=100, settings={"rho": 1.5}).run_id == "6d9bbe7c5cc5b6e2"
+    assert make(method="covmatch", pairs=100, settings={"rho": 1.5}).set_id == "c61a13301e4b67ef"
+
+
+def test_identity_is_json() -> None:
+    identity = make(model={"pair": "nfnet-bert"}).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity["settings"]["rho"] == 2.0

@@ -1,0 +1,127 @@
+"""Presets: complete settings by name, the papers' numbers, and wishes that win."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mmdd.config import RunConfig
+from mmdd.distill import CovMatchConfig
+from mmdd.encoders import PAIRS
+from mmdd.errors import ConfigError
+from mmdd.presets import PAPER, STUDENTS, TUNED, merge, preset
+from mmdd.protocols import PROTOCOLS
+
+NAMES = ("tiny", "small", "photos", "gpu", "paper")
+
+
+def covmatch(config: RunConfig) -> CovMatchConfig:
+    assert isinstance(config.settings, CovMatchConfig)
+    return config.settings
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("method", ["covmatch", "random", "full"])
+def test_every_preset_is_a_run(name: str, protocol: str, method: str) -> None:
+    config = preset(name, method=method, protocol=protocol)
+    assert config.method == method
+    assert config.protocol == protocol
+    assert config.model.pair in PAIRS
+    assert (config.settings is None) == (method != "covmatch")
+
+
+def test_presets_differ() -> None:
+    assert len({preset(name).run_id for name in NAMES}) == len(NAMES)
+    assert preset("tiny").dataset.train == 1000
+    assert preset("photos").dataset.reader == "karpathy"
+    assert preset("gpu").runtime.autocast
+    assert preset("paper").dataset.size == 224
+
+
+def test_unknown_names_and_keys() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'huge'; known: tiny, small"):
+        preset("huge")
+    with pytest.raises(ValidationError, match="batchsize"):
+        preset("tiny", evaluation={"batchsize": 3})
+    with pytest.raises(ValidationError, match="rhoo"):
+        preset("tiny", settings={"rhoo": 3})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wishes_win_and_leave_the_rest(name: str) -> None:
+    plain = preset(name)
+    wishes: dict[str, Any] = {
+        "settings": {"rho": 9.0},
+        "evaluation": {"lr_image": 0.5},
+        "dataset": {"seed": 4},
+        "runtime": {"threads": 3},
+    }
+    wished = preset(name, **wishes)
+    assert covmatch(wished) == covmatch(plain).model_copy(update={"rho": 9.0})
+    assert wished.evaluation == plain.evaluation.model_copy(update={"lr_image": 0.5})
+    assert wished.dataset == plain.dataset.model_copy(update={"seed": 4})
+    assert wished.runtime == plain.runtime.model_copy(update={"threads": 3})
+    assert preset(name).run_id == plain.run_id  # nothing was written into the tables
+
+
+def test_a_complete_configuration_passes_any_preset_unchanged() -> None:
+    """What the workhorse notebook relies on when a sweep hands it one."""
+    for name in NAMES:
+        for method in ("covmatch", "random", "full"):
+            config = preset(name, method=method, protocol="image+text_head", sweep="mine")
+            for other in NAMES:
+                assert preset(other, **config.model_dump(mode="json")) == config
+
+
+def test_published_numbers() -> None:
+    def settings(pairs: int, dataset: str) -> CovMatchConfig:
+        return covmatch(preset("paper", pairs=pairs, dataset={"name": dataset}))
+
+    for dataset, weight in (("flickr30k", 0.6), ("coco", 0.5)):
+        found = [settings(n, dataset) for n in (100, 200, 500)]
+        assert [s.rho for s in found] == [2.0, 1.0, 1.0]
+        assert [s.lambda_ for s in found] == [0.1, 0.1, weight]
+        assert all(10_000 <= s.iterations <= 20_000 for s in found)
+        assert all((s.optimizer, s.lr_image, s.momentum) == ("sgd", 1.0, 0.5) for s in found)
+        assert all((s.reset_every, s.normalize) == (50, False) for s in found)
+        # Between the published budgets the one from below; below all of them the first.
+        assert settings(300, dataset) == settings(200, dataset)
+        assert settings(1000, dataset) == settings(500, dataset)
+        assert settings(20, dataset) == settings(100, dataset)
+    students = preset("paper").evaluation
+    assert (students.epochs, students.batch_size, students.students) == (100, 128, 5)
+    assert (students.lr_image, students.lr_text, students.lr_heads) == (0.01, 0.01, 0.1)
+    assert (students.momentum, students.weight_decay) == (0.9, 5e-4)
+
+
+def test_tuned_and_published_settings_are_kept_apart() -> None:
+    for table in (PAPER, TUNED, STUDENTS):
+        assert table
+    assert covmatch(preset("paper", model={"pair": "scenes-tiny"})).optimizer == "sgd"
+    for method, pair, protocol in TUNED:
+        small = covmatch(preset("small", method=method, model={"pair": pair}, protocol=protocol))
+        expected = TUNED[(method, pair, protocol)]
+        assert small.model_dump() | expected == small.model_dump()
+    for protocol in ("both", "image+text_head"):
+        tiny, small = (covmatch(preset(name, protocol=protocol)) for name in ("tiny", "small"))
+        assert tiny.iterations < small.iterations
+        assert tiny == small.model_copy(update={"iterations": tiny.iterations})
+
+
+def test_students_are_the_same_for_all_methods() -> None:
+    for pair, protocol in STUDENTS:
+        found = [
+            preset("small", method=method, model={"pair": pair}, protocol=protocol).evaluation
+            for method in ("covmatch", "random", "full")
+        ]
+        assert found[0] == found[1] == found[2]
+        assert found[0].model_dump() | STUDENTS[(pair, protocol)] == found[0].model_dump()
+
+
+def test_merge() -> None:
+    base = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    merged = merge(base, {"a": {"c": {"f": 4}}, "e": {"g": 5}, "h": None})
+    assert merged == {"a": {"b": 1, "c": {"d": 2, "f": 4}}, "e": {"g": 5}, "h": None}
+    assert base == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
