@@ -47,7 +47,9 @@ def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[
     path = Path(path)
     try:
         sweep = SweepConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a sweep file: {explain(error)}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not a sweep file: {error}") from error
     points: dict[str, RunConfig] = {}
     for number, block in enumerate(sweep.grid, 1):
@@ -55,22 +57,47 @@ def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[
         empty = [key for key, values in axes.items() if not values]
         if empty:
             raise ConfigError(f"{path}, block {number}: {empty[0]!r} has no value, nothing to run.")
+        taken = [k for k in (*sweep.base, *block) if k.split(".")[0] in ("sweep", "runtime")]
+        if taken:
+            raise ConfigError(
+                f"{path}, block {number}: {taken[0]!r} is no matter of base or grid: `sweep` "
+                "stands at the top of the file, the runtime on the command line."
+            )
         for values in itertools.product(*axes.values()):
-            wishes = nest(sweep.base)
-            for key, value in zip(axes, values, strict=True):
-                _put(wishes, key, value)
-            wishes |= {"sweep": sweep.sweep, "runtime": runtime or {}}
+            chosen = dict(zip(axes, values, strict=True))
             try:
+                wishes = nest(sweep.base)
+                for key, value in chosen.items():
+                    _put(wishes, key, value)
+                wishes |= {"sweep": sweep.sweep, "runtime": runtime or {}}
                 point = preset(sweep.preset, **wishes)
             except (ValidationError, ConfigError) as error:
-                described = ", ".join(f"{k}={v}" for k, v in zip(axes, values, strict=True))
-                raise ConfigError(f"{path}, block {number} ({described}): {error}") from error
+                described = ", ".join(f"{k}={v}" for k, v in chosen.items())
+                why = explain(error) if isinstance(error, ValidationError) else error
+                raise ConfigError(f"{path}, block {number} ({described}): {why}") from error
             points.setdefault(point.run_id, point)
     return list(points.values())
 
 
+def explain(error: ValidationError) -> str:
+    """What pydantic complains of, on one line."""
+    found = []
+    for fault in error.errors():
+        inner = fault.get("ctx", {}).get("error")  # of a validator, such as that of the settings
+        why = (
+            explain(inner)
+            if isinstance(inner, ValidationError)
+            else fault["msg"].removeprefix("Value error, ")
+        )
+        found.append(": ".join(filter(None, [".".join(map(str, fault["loc"])), why])))
+    return "; ".join(found)
+
+
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys put into nested dicts, without touching the values given."""
+    """Dotted keys put into nested dicts, without touching the values given.
+
+    Raises `ConfigError` for a key below something that is no dict.
+    """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         _put(nested, key, value)
@@ -80,7 +107,10 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        target = target.setdefault(parent, {})
+        below = target.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{dotted!r} cannot be set: {parent!r} is {below!r}, not a mapping.")
+        target = below
     target[last] = deepcopy(value)
 
 
@@ -109,12 +139,16 @@ def run_sweep(
         for number, point in enumerate(missing):
             delay = _STAGGER_SECONDS * number if number < jobs else 0.0
             futures[pool.submit(_execute, point, store, Path(notebook), delay)] = point
-        for future in as_completed(futures):
-            error = future.result()
-            if error:
-                failed[futures[future].run_id] = error
-            bar.update()
-            bar.set_postfix(failed=len(failed))
+        try:
+            for future in as_completed(futures):
+                error = future.result()
+                if error:
+                    failed[futures[future].run_id] = error
+                bar.update()
+                bar.set_postfix(failed=len(failed))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # or the pool would finish the grid
+            raise
     bar.close()
     return failed
 
@@ -139,4 +173,6 @@ def _execute(point: RunConfig, store: ResultsStore, notebook: Path, delay: float
     if done.returncode == 0 and store.find(point.run_id) is not None:
         return ""
     output = (done.stderr or done.stdout).strip()
-    return "\n".join(output.splitlines()[-15:]) or f"exit code {done.returncode}, no record written"
+    return "\n".join(
+        [*output.splitlines()[-15:], f"exit code {done.returncode}, no record written"]
+    )
