@@ -60,13 +60,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record.")] = False,
 ) -> None:
     """Distil (or select) a set, train students on it, score them, keep the record."""
+    from mmdd.presets import merge
     from mmdd.presets import preset as make
     from mmdd.runs import run as carry_out
     from mmdd.sweep import nest
 
-    wishes = nest(dict(_assignment(text) for text in override or []))
-    wishes |= {"method": method, "pairs": pairs, "protocol": protocol, "seed": seed}
-    wishes |= {"sweep": sweep}
+    options = {"method": method, "pairs": pairs, "protocol": protocol, "seed": seed, "sweep": sweep}
+    wishes = merge(options, nest(dict(_assignment(text) for text in override or [])))
     if data is not None:
         wishes.setdefault("runtime", {})["data"] = str(data)
     record = carry_out(make(preset, **wishes), results)
@@ -110,8 +110,10 @@ def sweep(
     failed = run_sweep(points, results, jobs=jobs)
     for run_id, error in failed.items():
         typer.echo(f"\nFAILED {run_id}:\n{error}", err=True)
-    if pack and len(failed) < len(points):
-        typer.echo(f"packed into {ResultsStore(results).pack(points[0].sweep)}")
+    store = ResultsStore(results)
+    # Points that another sweep has done leave nothing to pack here.
+    if pack and any(store.working_folder(points[0].sweep).glob("*.json")):
+        typer.echo(f"packed into {store.pack(points[0].sweep)}")
     raise typer.Exit(code=1 if failed else 0)
 
 
@@ -149,7 +151,12 @@ def main() -> None:
 
     try:
         app()
-    except (MmddError, ValidationError) as error:
+    except ValidationError as error:
+        from mmdd.sweep import explain
+
+        typer.echo(f"mmdd: {explain(error)}", err=True)
+        raise SystemExit(2) from error
+    except MmddError as error:
         typer.echo(f"mmdd: {error}", err=True)
         raise SystemExit(2) from error
 
