@@ -43,7 +43,8 @@ def comparison(
         {"recall": [rows["chance_mean"].iloc[0]]},
         index=pd.MultiIndex.from_tuples([(0, "chance")], names=["pairs", "method"]),
     )
-    return pd.concat([chance, table]).rename(columns={"best_on_test": "best on test"})
+    whole = pd.concat([chance, table]).rename(columns={"best_on_test": "best on test"})
+    return whole.astype({"seeds": "Int64", "students": "Int64"})  # integers that may be missing
 
 
 def _has(table: pd.DataFrame, method: str) -> bool:
