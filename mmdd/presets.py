@@ -78,6 +78,12 @@ STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar-minilm", "both"): {"lr_image": 0.01, "lr_text": 0.01, "epochs": 25, "scores": 3},
 }
 
+# What the papers train students with: LoRS' official code, and CovMatch's appendix (the defaults).
+_PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("nfnet-bert", "image+text_head"): {"lr_image": 0.1},
+    ("nfnet-bert-lors", "image+text_head"): {"lr_image": 0.1},
+}
+
 _BASE: dict[str, dict[str, Any]] = {
     "tiny": {
         "dataset": {"train": 1000, "val": 100, "test": 200},
@@ -121,8 +127,9 @@ def preset(name: str, **wishes: Any) -> RunConfig:
     else:
         settings = TUNED.get((method, pair, protocol), {})
         if name == "tiny" and settings:
-            settings = settings | {"iterations": 120}
-    chosen = {"evaluation": STUDENTS.get((pair, protocol), {})}
+            settings = settings | {"iterations": min(120, settings["iterations"])}
+    students = _PAPER_STUDENTS if name == "paper" else STUDENTS
+    chosen = {"evaluation": students.get((pair, protocol), {})}
     if settings:
         chosen["settings"] = settings
     return RunConfig.model_validate(merge(chosen, values))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
-from mmdd.presets import preset
+from mmdd.presets import merge, preset
 from mmdd.store import ResultsStore
 
 _STAGGER_SECONDS = 1.0  # kernels that start at the same moment race for ports
@@ -111,6 +111,9 @@ def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(below, dict):
             raise ConfigError(f"{dotted!r} cannot be set: {parent!r} is {below!r}, not a mapping.")
         target = below
+    old = target.get(last)
+    if isinstance(old, dict) and isinstance(value, dict):
+        value = merge(old, value)
     target[last] = deepcopy(value)
 
 

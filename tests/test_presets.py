@@ -125,3 +125,20 @@ def test_merge() -> None:
     assert merged == {"a": {"b": 1, "c": {"d": 2, "f": 4}}, "e": {"g": 5}, "h": None}
     assert base == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
+
+
+def test_the_paper_preset_trains_students_as_the_papers_do() -> None:
+    lors = preset("paper", method="random", protocol="image+text_head").evaluation
+    covmatch_paper = preset("paper", method="random", protocol="both").evaluation
+    assert (lors.lr_image, lors.lr_heads) == (0.1, 0.1)
+    assert (covmatch_paper.lr_image, covmatch_paper.lr_text, covmatch_paper.lr_heads) == (
+        0.01,
+        0.01,
+        0.1,
+    )
+
+
+def test_tiny_never_runs_longer_than_the_tuned_settings() -> None:
+    for (method, pair, protocol), tuned in TUNED.items():
+        tiny = preset("tiny", method=method, protocol=protocol, model={"pair": pair})
+        assert covmatch(tiny).iterations == min(120, tuned["iterations"])

@@ -124,6 +124,16 @@ def test_a_file_that_is_no_sweep(tmp_path: Path, content: str) -> None:
         load_sweep(tmp_path / "none.yaml")
 
 
+def test_a_dict_in_a_block_is_put_over_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "sweep: merged\npreset: tiny\nbase: {method: random, evaluation: {students: 3}}\n"
+        "grid: [{evaluation: {epochs: 7}, pairs: 5}]\n"
+    )
+    (point,) = load_sweep(path)
+    assert (point.evaluation.students, point.evaluation.epochs) == (3, 7)
+
+
 def test_nest() -> None:
     shared = {"b": [1]}
     nested = nest({"a.b.c": 1, "a.d": shared, "e": 2})
