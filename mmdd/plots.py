@@ -105,6 +105,7 @@ def recall_bars(
         hue_order=list(methods),
         palette={m: METHOD_COLOURS.get(m, "#D55E00") for m in methods},
         errorbar="sd",
+        saturation=1,
         capsize=0.15,
         err_kws={"linewidth": 1.2},
         ax=axes,
@@ -113,6 +114,7 @@ def recall_bars(
     full = results.loc[results["method"] == "full", metric]
     if len(full):
         axes.axhline(full.mean(), color=METHOD_COLOURS["full"], ls="--", lw=1.5)
+        axes.set_ylim(top=1.15 * full.mean())  # room for the line's name
         axes.text(0.01, full.mean(), "full data", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set_xlabel("pairs")
     axes.set_ylabel("mean recall (%)" if metric == "mean" else f"{metric} (%)")
