@@ -114,7 +114,7 @@ def recall_bars(
     full = results.loc[results["method"] == "full", metric]
     if len(full):
         axes.axhline(full.mean(), color=METHOD_COLOURS["full"], ls="--", lw=1.5)
-        axes.set_ylim(top=1.15 * full.mean())  # room for the line's name
+        axes.set_ylim(top=max(axes.get_ylim()[1], 1.15 * full.mean()))  # room for the line's name
         axes.text(0.01, full.mean(), "full data", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set_xlabel("pairs")
     axes.set_ylabel("mean recall (%)" if metric == "mean" else f"{metric} (%)")
