@@ -6,12 +6,15 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import matplotlib
 import pytest
+
+# For this process only: in the environment it would also keep kernels from showing their figures.
+matplotlib.use("Agg")
 
 # Before torch is imported: results are bit-identical for one thread count only.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
