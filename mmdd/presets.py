@@ -26,46 +26,20 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
     },
 }
 
+# What CovMatch's tuned settings share: Adam on L2-normalised features, the paper's λ.
+_COVMATCH = {"lambda_": 0.1, "normalize": True, "optimizer": "adam", "lr_image": 0.01}
+
 # By (method, encoder pair, protocol).
 TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("covmatch", "scenes-tiny", "both"): {
-        "iterations": 300,
-        "rho": 1.5,
-        "lambda_": 0.1,
-        "normalize": True,
-        "optimizer": "adam",
-        "lr_image": 0.01,
-        "lr_text": 0.002,
-    },
-    ("covmatch", "scenes-tiny", "image+text_head"): {
-        "iterations": 300,
-        "rho": 2.0,
-        "lambda_": 0.1,
-        "normalize": True,
-        "optimizer": "adam",
-        "lr_image": 0.01,
-        "lr_text": 0.03,
-    },
-    ("covmatch", "cifar-minilm", "image+text_head"): {
-        "iterations": 100,
-        "rho": 1.5,
-        "lambda_": 0.1,
-        "normalize": True,
-        "optimizer": "adam",
-        "lr_image": 0.01,
-        "lr_text": 0.003,
-        "real_batch": 64,
-    },
-    ("covmatch", "cifar-minilm", "both"): {
-        "iterations": 60,
-        "rho": 1.5,
-        "lambda_": 0.1,
-        "normalize": True,
-        "optimizer": "adam",
-        "lr_image": 0.01,
-        "lr_text": 0.001,
-        "real_batch": 64,
-    },
+    ("covmatch", "scenes-tiny", "both"): _COVMATCH
+    | {"iterations": 300, "rho": 1.5, "lr_text": 0.002},
+    ("covmatch", "scenes-tiny", "image+text_head"): _COVMATCH
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03},
+    # On photos one trial was looked at, and none under `both`: starting values, not a search.
+    ("covmatch", "cifar-minilm", "image+text_head"): _COVMATCH
+    | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 64},
+    ("covmatch", "cifar-minilm", "both"): _COVMATCH
+    | {"iterations": 60, "rho": 1.5, "lr_text": 0.001, "real_batch": 64},
 }
 
 # Students, by (encoder pair, protocol): one choice for all methods.
@@ -73,7 +47,7 @@ STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("scenes-tiny", "both"): {"lr_image": 0.01, "lr_text": 0.01},
     ("scenes-tiny", "image+text_head"): {"lr_image": 0.003, "lr_text": 0.003},
     # Fewer epochs, for every method: five students of a ResNet-20 (and of MiniLM) must fit into
-    # minutes on a CPU.
+    # minutes on a CPU. The rate under `both` is the paper's, not tuned here.
     ("cifar-minilm", "image+text_head"): {"lr_image": 0.01, "epochs": 50},
     ("cifar-minilm", "both"): {"lr_image": 0.01, "lr_text": 0.01, "epochs": 25, "scores": 3},
 }

@@ -40,10 +40,7 @@ class ResultsStore:
                 seen.add(record["run_id"])
                 yield record
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(_text(path).splitlines(), 1):
-                if not line.strip():
-                    continue
-                record = _parse(line, f"{path}, line {number}")
+            for record in _packed(path):
                 if record["run_id"] not in seen:
                     seen.add(record["run_id"])
                     yield record
@@ -67,14 +64,8 @@ class ResultsStore:
         target = self.folder / f"{sweep}.jsonl"
         merged: dict[str, dict[str, Any]] = {}
         if target.exists():
-            for number, line in enumerate(_text(target).splitlines(), 1):
-                if not line.strip():
-                    continue
-                record = _parse(line, f"{target}, line {number}")
-                merged[record["run_id"]] = record
-        for path in singles:
-            record = _read(path)
-            merged[record["run_id"]] = record
+            merged |= {record["run_id"]: record for record in _packed(target)}
+        merged |= {record["run_id"]: record for record in map(_read, singles)}
         if not merged:
             raise StoreError(f"sweep {sweep!r} has no record under {self.folder}: nothing to pack.")
         lines = [json.dumps(merged[run_id], sort_keys=True) for run_id in sorted(merged)]
@@ -86,6 +77,12 @@ class ResultsStore:
 
 def _read(path: Path) -> dict[str, Any]:
     return _parse(_text(path), str(path))
+
+
+def _packed(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if line.strip():
+            yield _parse(line, f"{path}, line {number}")
 
 
 def _text(path: Path) -> str:
