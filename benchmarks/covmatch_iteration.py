@@ -65,7 +65,7 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
             model=model,
             protocol="both",
             seed=0,
-            autocast=bf16,
+            precision="bfloat16" if bf16 else "float32",
         ),
     )
 

@@ -7,10 +7,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from mmdd.distill import METHODS, Method
-from mmdd.encoders import ModelConfig
+from mmdd.distill.loop import Precision
+from mmdd.encoders import ModelConfig, weights_identity
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
 from mmdd.protocols import Protocol
+from mmdd.provenance import source_hash
 from mmdd.selection import SELECTORS
 
 
@@ -37,8 +39,9 @@ class DatasetConfig(BaseModel):
 class RuntimeConfig(BaseModel):
     """Where and how a run is carried out; none of it belongs to the run's identity.
 
-    device: "auto" takes a GPU if there is one. data: folder of the dataset's files. autocast:
-    bfloat16 on a GPU. checkpoint_every: iterations between checkpoints.
+    device: "auto" takes a GPU if there is one. data: folder of the dataset's files. experts: folder
+    of the expert buffers that runs share, by default in the cache. checkpoint_every: iterations
+    between checkpoints.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,7 +49,7 @@ class RuntimeConfig(BaseModel):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     data: str | None = None
-    autocast: bool = False
+    experts: str | None = None
     checkpoint_every: int = Field(default=50, ge=1)
     progress: bool = True
     on_error: Literal["raise", "drop"] = "raise"
@@ -58,7 +61,9 @@ class RunConfig(BaseModel):
     method: a name in `mmdd.distill.METHODS`, a selection, or "full" (train on the whole train
     split, `pairs` is ignored). init: the selection that a distillation starts from. settings: the
     method's own configuration. sweep: the group that the record is filed under; it and `runtime`
-    are not part of the run's identity. Unknown keys are refused.
+    are not part of the run's identity. precision: of the distillation's forward passes; bfloat16 is
+    meant for a GPU. Students are trained with the loss that the set was distilled with, where the
+    method's settings name one and `evaluation` does not. Unknown keys are refused.
 
     Book: notebooks/run.
     """
@@ -70,6 +75,7 @@ class RunConfig(BaseModel):
     protocol: Protocol = "both"
     seed: int = Field(default=0, ge=0)
     init: str = "random"
+    precision: Precision = "float32"
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     settings: SerializeAsAny[BaseModel] | None = None
@@ -94,7 +100,9 @@ class RunConfig(BaseModel):
             kind = METHODS[method].config
             if not isinstance(settings, kind):
                 dumped = settings.model_dump() if isinstance(settings, BaseModel) else settings
-                values["settings"] = kind.model_validate(dumped or {})
+                settings = values["settings"] = kind.model_validate(dumped or {})
+            if hasattr(settings, "loss"):
+                values["evaluation"] = _with_loss(values.get("evaluation"), settings.loss)
         elif settings:
             raise ValueError(f"method {method!r} has no settings, but some were given")
         return values
@@ -106,7 +114,18 @@ class RunConfig(BaseModel):
             dumped.pop("pairs")
         if self.method not in METHODS:
             dumped.pop("init")
+        if dumped["precision"] == "float32":
+            dumped.pop("precision")  # records from before there was a choice keep their ids
+        for side in ("image", "text"):
+            if dumped["model"][side] is not None:
+                weights = dumped["model"][side]["weights"]
+                dumped["model"][side]["weights"] = weights_identity(weights)
         return dumped
+
+    @property
+    def source_hash(self) -> str:
+        """12 hex digits of the code that decides this run's result."""
+        return source_hash(*plugins(self.method, self.init))
 
     @property
     def run_id(self) -> str:
@@ -121,6 +140,29 @@ class RunConfig(BaseModel):
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_loss(evaluation: Any, loss: str) -> Any:
+    """The students' configuration with a loss put in, where it names none itself."""
+    if isinstance(evaluation, EvaluationConfig):
+        if "loss" in evaluation.model_fields_set:
+            return evaluation
+        return evaluation.model_copy(update={"loss": loss})
+    return {"loss": loss} | (evaluation or {})
+
+
+def plugins(method: str, init: str = "random") -> tuple[str, ...]:
+    """Modules that a run with this method uses beyond those that all runs share.
+
+    Raises `ConfigError` for a method that this version does not know.
+    """
+    if method == "full":
+        return ()
+    if method in SELECTORS:
+        return (SELECTORS[method].__module__,)
+    if method not in METHODS or init not in SELECTORS:
+        raise ConfigError(f"no method {method!r} starting from {init!r} here.")
+    return (METHODS[method].distiller.__module__, SELECTORS[init].__module__)
 
 
 def method_entry(config: RunConfig) -> Method:

@@ -5,14 +5,14 @@ scores seen on the way is recorded beside it, only to show how much that would i
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmdd import losses
@@ -20,7 +20,15 @@ from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, inference, p
 from mmdd.data.pairs import PairDataset
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ConfigError, NonFiniteError
-from mmdd.protocols import Protocol, freeze_all_but, parameter_groups
+from mmdd.protocols import (
+    Component,
+    Protocol,
+    by_component,
+    component_rates,
+    freeze_all_but,
+    parameter_groups,
+    text_is_tokens,
+)
 from mmdd.retrieval import chance_recall, recall_at_k
 from mmdd.synthetic import SyntheticPairs
 
@@ -44,7 +52,7 @@ class EvaluationConfig(BaseModel):
     lr_heads: float = Field(default=0.1, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
-    loss: Literal["info_nce", "ence", "bce", "wbce"] = "info_nce"
+    loss: losses.LossName = "info_nce"
     temperature: float = Field(default=0.07, gt=0)
     use_learned_rates: bool = True
     scores: int = Field(default=10, ge=1)
@@ -101,27 +109,6 @@ class SplitScorer:
         return chance_recall(self.table.image_of_text)
 
 
-def contrastive_loss(
-    name: str, z_image: Tensor, z_text: Tensor, temperature: float, similarity: Tensor | None
-) -> Tensor:
-    """A student's loss by name on normalised features (m, d); similarity (m, m) where it wants one.
-
-    Raises `ConfigError` for an unknown name or a missing similarity.
-    """
-    if name == "info_nce":
-        return losses.info_nce(z_image, z_text, temperature)
-    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "ence": losses.extended_info_nce,
-        "bce": losses.binary_cross_entropy,
-        "wbce": losses.weighted_binary_cross_entropy,
-    }
-    if name not in functions:
-        raise ConfigError(f"unknown loss {name!r}; known: info_nce, {', '.join(functions)}.")
-    if similarity is None:
-        similarity = torch.eye(len(z_image), device=z_image.device, dtype=z_image.dtype)
-    return functions[name](z_image @ z_text.T / temperature, similarity)
-
-
 def train_student(
     source: RealBatches | SetBatches,
     model: DualEncoder,
@@ -139,13 +126,11 @@ def train_student(
     `NonFiniteError` when the loss stops being finite. Book: notebooks/02_encoders_and_evaluation.
     """
     pairs = source.pairs if isinstance(source, SetBatches) else None
-    lr_image, lr_text, lr_heads = config.lr_image, config.lr_text, config.lr_heads
-    if pairs is not None and config.use_learned_rates and pairs.learning_rates:
-        lr_image = pairs.learning_rates.get("image", lr_image)
-        lr_heads = pairs.learning_rates.get("text", lr_heads)
+    learned = pairs.learning_rates if pairs is not None and config.use_learned_rates else {}
+    rates = component_rates(config.lr_image, config.lr_text, config.lr_heads, learned)
     trained = freeze_all_but(model, protocol)
     optimiser = torch.optim.SGD(
-        parameter_groups(trained, lr_image, lr_text, lr_heads),
+        parameter_groups(trained, rates),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
@@ -165,11 +150,13 @@ def train_student(
             similarity = None
             if pairs is not None and pairs.similarity is not None:
                 similarity = pairs.similarity.matrix(batch.index).detach()
-            loss = contrastive_loss(config.loss, z_image, z_text, config.temperature, similarity)
+            loss = losses.contrastive_loss(
+                config.loss, z_image, z_text, config.temperature, similarity
+            )
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"student {seed}: the loss is {loss.item()} in epoch {epoch + 1}: "
-                    f"lower the learning rates (image {lr_image}, heads {lr_heads})."
+                    f"lower the learning rates ({_listed(rates, trained)})."
                 )
             optimiser.zero_grad()
             loss.backward()
@@ -178,6 +165,10 @@ def train_student(
         if after_epoch is not None:
             after_epoch(epoch + 1)
     return model
+
+
+def _listed(rates: Mapping[Component, float], trained: dict[str, nn.Parameter]) -> str:
+    return ", ".join(f"{part} {rates[part]:.3g}" for part in by_component(trained))
 
 
 class _FrozenFeatures:
@@ -236,6 +227,15 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     device = torch.device(device)
+    if (
+        isinstance(train_on, SyntheticPairs)
+        and text_is_tokens(protocol)
+        and train_on.texts.ndim == 2
+    ):
+        raise ConfigError(
+            f"protocol {protocol!r} trains the text encoder, but the texts of this set are vectors "
+            "that enter past it: evaluate it under image+text_head, or distil token embeddings."
+        )
     seeds = range(config.students) if seeds is None else seeds
     looks = {round(config.epochs * (i + 1) / config.scores) for i in range(config.scores)}
     reference = make_model(0).to(device)
@@ -280,10 +280,15 @@ def evaluate(
             "best_epoch": best_epoch,
             "curve": [[epoch, round(scores["mean"], 4)] for epoch, scores in curve],
             "seconds": round(seconds, 3),
-            "steps": config.epochs * -(-len(source) // config.batch_size),
+            "steps": config.epochs * _steps_per_epoch(len(source), config.batch_size),
         }
         results.append(result)
         if on_score is not None:
             on_score(result)
     bar.close()
     return results
+
+
+def _steps_per_epoch(pairs: int, batch_size: int) -> int:
+    full, rest = divmod(pairs, batch_size)
+    return full + (rest >= 2)  # a batch of one pair is skipped

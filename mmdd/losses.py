@@ -5,11 +5,15 @@ Features are (m, d) float tensors, L2-normalised unless a function says otherwis
 returns a scalar tensor, except those that map features to features.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdd.errors import ConfigError
+
+LossName = Literal["info_nce", "ence", "bce", "wbce"]
 
 
 def info_nce(z_image: Tensor, z_text: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
@@ -76,6 +80,28 @@ def weighted_binary_cross_entropy(
 def _bce_terms(logits: Tensor, similarity: Tensor) -> Tensor:
     # -y log p - (1 - y) log(1 - p), with log(1 - sigmoid(x)) = logsigmoid(-x).
     return -similarity * F.logsigmoid(logits) - (1 - similarity) * F.logsigmoid(-logits)
+
+
+def contrastive_loss(
+    name: LossName, z_image: Tensor, z_text: Tensor, temperature: float, similarity: Tensor | None
+) -> Tensor:
+    """A loss by name on L2-normalised features (m, d).
+
+    similarity: (m, m), or None for the identity; "info_nce" knows no other and ignores it. Raises
+    `ConfigError` for an unknown name. Book: notebooks/06_lors.
+    """
+    if name == "info_nce":
+        return info_nce(z_image, z_text, temperature)
+    functions = {
+        "ence": extended_info_nce,
+        "bce": binary_cross_entropy,
+        "wbce": weighted_binary_cross_entropy,
+    }
+    if name not in functions:
+        raise ConfigError(f"unknown loss {name!r}; known: info_nce, {', '.join(functions)}.")
+    if similarity is None:
+        similarity = torch.eye(len(z_image), device=z_image.device, dtype=z_image.dtype)
+    return functions[name](z_image @ z_text.T / temperature, similarity)
 
 
 def cross_covariance(a: Tensor, b: Tensor) -> Tensor:

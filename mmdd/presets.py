@@ -71,7 +71,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "gpu": {
         "dataset": {"size": 224},
         "model": {"pair": "nfnet-bert"},
-        "runtime": {"autocast": True},
+        "precision": "bfloat16",
     },
     "paper": {
         "dataset": {"name": "flickr30k", "reader": "karpathy", "size": 224},

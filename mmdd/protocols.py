@@ -3,12 +3,17 @@
 Published numbers do not agree on either, so every result names its protocol.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
 
 from mmdd.encoders.dual import DualEncoder
+from mmdd.errors import ConfigError
 
+Component = Literal["image_encoder", "image_head", "text_encoder", "text_head"]
+COMPONENTS: tuple[Component, ...] = ("image_encoder", "image_head", "text_encoder", "text_head")
+_BRANCHES = ("image", "text")
 Protocol = Literal["image+text_head", "both", "heads"]
 PROTOCOLS: tuple[Protocol, ...] = ("image+text_head", "both", "heads")
 
@@ -46,14 +51,50 @@ def freeze_all_but(model: DualEncoder, protocol: Protocol) -> dict[str, nn.Param
     return trained
 
 
+def by_component(trained: dict[str, nn.Parameter]) -> dict[Component, dict[str, nn.Parameter]]:
+    """Trained parameters by the part of the model they belong to; parts without any left out."""
+    found: dict[Component, dict[str, nn.Parameter]] = {}
+    for component in COMPONENTS:
+        members = {n: p for n, p in trained.items() if n.startswith(f"{component}.")}
+        if members:
+            found[component] = members
+    return found
+
+
+def component_rates(
+    lr_image: float,
+    lr_text: float,
+    lr_heads: float,
+    learned: Mapping[str, float] | None = None,
+) -> dict[Component, float]:
+    """The learning rate of each part of the model: those given, with learned ones put over them.
+
+    learned: by part ("text_head"), or by branch ("image", "text") for both parts of it; a part's
+    own entry wins. Raises `ConfigError` for any other name.
+    """
+    rates: dict[Component, float] = {
+        "image_encoder": lr_image,
+        "image_head": lr_heads,
+        "text_encoder": lr_text,
+        "text_head": lr_heads,
+    }
+    learned = learned or {}
+    unknown = [name for name in learned if name not in (*COMPONENTS, *_BRANCHES)]
+    if unknown:
+        raise ConfigError(
+            f"a learned rate is for {unknown[0]!r}; known: {', '.join((*COMPONENTS, *_BRANCHES))}."
+        )
+    for component in COMPONENTS:
+        branch = component.split("_")[0]
+        rates[component] = learned.get(component, learned.get(branch, rates[component]))
+    return rates
+
+
 def parameter_groups(
-    trained: dict[str, nn.Parameter], lr_image: float, lr_text: float, lr_heads: float
+    trained: dict[str, nn.Parameter], rates: Mapping[Component, float]
 ) -> list[dict]:
-    """Optimiser groups by part: image encoder, text encoder, projections; empty ones left out."""
-    rates = {"image_encoder.": lr_image, "text_encoder.": lr_text}
-    groups: dict[str, dict] = {}
-    for name, parameter in trained.items():
-        part = next((prefix for prefix in rates if name.startswith(prefix)), "heads.")
-        lr = rates.get(part, lr_heads)
-        groups.setdefault(part, {"params": [], "lr": lr})["params"].append(parameter)
-    return list(groups.values())
+    """Optimiser groups, one per part of the model that is trained."""
+    return [
+        {"params": list(members.values()), "lr": rates[component]}
+        for component, members in by_component(trained).items()
+    ]

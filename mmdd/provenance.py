@@ -25,15 +25,22 @@ _WITHOUT_EFFECT = {
 }
 
 
+# Registries name every method and selection there is; a run uses one or two of them.
+_REGISTRIES = {"distill/__init__.py": "METHODS", "selection/__init__.py": "SELECTORS"}
+# Where a run begins, whatever its method.
+_ROOT = "mmdd.runs"
+
+
 @cache
-def source_hash() -> str:
-    """12 hex digits of the code that decides results; comments and docstrings do not count."""
+def source_hash(*plugins: str) -> str:
+    """12 hex digits of the code that decides a run's result.
+
+    plugins: modules that the run uses beyond the common ones, such as "mmdd.distill.covmatch". What
+    counts is every module that a run or a plug-in imports, directly or not, so that a new method
+    leaves the records of the others fresh. Comments and docstrings do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        relative = path.relative_to(_PACKAGE).as_posix()
-        if relative in _WITHOUT_EFFECT:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for relative, tree in sorted(_imported([_ROOT, *plugins]).items()):
         for node in ast.walk(tree):
             if (
                 isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -47,6 +54,52 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def _imported(modules: list[str]) -> dict[str, ast.Module]:
+    """Files of the package, by path within it, that importing `modules` leads to."""
+    found: dict[str, ast.Module] = {}
+    queue = list(modules)
+    while queue:
+        path = _file(queue.pop())
+        relative = path.relative_to(_PACKAGE).as_posix() if path else ""
+        if path is None or relative in found or relative in _WITHOUT_EFFECT:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if relative in _REGISTRIES:
+            tree.body = [n for n in tree.body if not _registers(n, _REGISTRIES[relative])]
+        found[relative] = tree
+        queue += _names(tree)
+    return found
+
+
+def _registers(node: ast.stmt, registry: str) -> bool:
+    """True for what changes with every entry of a registry: its imports, the table, `__all__`."""
+    if isinstance(node, ast.AnnAssign):
+        return isinstance(node.target, ast.Name) and node.target.id == registry
+    if isinstance(node, ast.Assign):
+        return any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+    return isinstance(node, ast.ImportFrom)
+
+
+def _names(tree: ast.Module) -> list[str]:
+    """Modules of the package that a file imports, wherever in it."""
+    names = ["mmdd"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # `from a import b` may mean the module a.b.
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return [".".join(p[:i]) for p in parts if p[0] == "mmdd" for i in range(1, len(p) + 1)]
+
+
+def _file(module: str) -> Path | None:
+    """The file of a module of the package; None where the name is something inside a module."""
+    base = _PACKAGE.joinpath(*module.split(".")[1:])
+    candidates = (base / "__init__.py", base.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def _plain(node: Any) -> Any:
     """A syntax tree as nested lists that are the same in every version of Python.
 
@@ -58,13 +111,13 @@ def _plain(node: Any) -> Any:
     return [_plain(item) for item in node] if isinstance(node, list) else node
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads; no host or user names."""
+def environment(device: torch.device, code: str) -> dict[str, Any]:
+    """Versions, device and threads; no host or user names. code: the `source_hash` of the run."""
     from mmdd import __version__
 
     return {
         "mmdd": __version__,
-        "source_hash": source_hash(),
+        "source_hash": code,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from mmdd.batches import RealBatches, real_pairs
-from mmdd.config import RunConfig, method_entry
+from mmdd.config import RunConfig, method_entry, plugins
 from mmdd.data.open import open_dataset
 from mmdd.data.pairs import PairDataset
-from mmdd.distill import METHODS, Context, Progress, distill
+from mmdd.distill import METHODS
+from mmdd.distill.loop import Context, Progress, distill
 from mmdd.encoders import DualEncoder, build_model
 from mmdd.errors import ConfigError, StoreError
 from mmdd.evaluation import evaluate
+from mmdd.paths import cache_dir
 from mmdd.provenance import environment, resolve_device, source_hash
 from mmdd.retrieval import chance_recall
 from mmdd.selection import select
@@ -38,7 +42,7 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
 
     Book: notebooks/run.
     """
-    source_hash()  # before anything runs: the files may change while it does
+    code = config.source_hash  # before anything runs: the files may change while it does
     store = ResultsStore(results_dir)
     runtime = config.runtime
     if runtime.threads is not None:
@@ -92,7 +96,11 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
         "students": students,
         "chance": _rounded(chance_recall(dataset.caption_table("test")[1])),
         "cost": cost,
-        "environment": environment(device),
+        "model": {
+            "parameters": sum(p.numel() for p in template.parameters()),
+            "tokenizer": getattr(template.text_encoder, "tokenizer_kind", "scenes"),
+        },
+        "environment": environment(device, code),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for student in students:
@@ -118,7 +126,7 @@ def student_factory(template: DualEncoder, seed: int) -> Callable[[int], DualEnc
 
 def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
     # What other code began, this code does not finish.
-    return folder / "checkpoints" / f"{config.set_id}-{source_hash()}.safetensors"
+    return folder / "checkpoints" / f"{config.set_id}-{config.source_hash}.safetensors"
 
 
 def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -> SyntheticPairs:
@@ -139,10 +147,24 @@ def _make_set(
     folder: Path,
 ) -> tuple[SyntheticPairs, dict[str, Any]]:
     path = set_path(folder, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Points of a sweep that differ in the evaluation share a set: the first one makes it.
+    with FileLock(path.with_suffix(".lock")):
+        return _make_set_alone(config, dataset, template, device, folder, path)
+
+
+def _make_set_alone(
+    config: RunConfig,
+    dataset: PairDataset,
+    template: DualEncoder,
+    device: torch.device,
+    folder: Path,
+    path: Path,
+) -> tuple[SyntheticPairs, dict[str, Any]]:
     if path.exists():
         kept = SyntheticPairs.load(path)
         # A set made by other code, or of other data, is not this run's: make it again.
-        current = (source_hash(), dataset.fingerprint)
+        current = (config.source_hash, dataset.fingerprint)
         if (kept.metadata.get("source_hash"), kept.metadata["dataset_fingerprint"]) == current:
             return kept, kept.metadata["cost"]
     begin = time.perf_counter()
@@ -150,7 +172,7 @@ def _make_set(
     cost = _no_cost() | {"init_seconds": round(time.perf_counter() - begin, 3)}
     if config.method in METHODS:
         result, progress = distill_run(config, dataset, template, device, result, folder)
-        cost |= {
+        cost |= progress.prepared | {
             "iterations": progress.iterations,
             "seconds_per_iteration": round(progress.seconds / max(1, progress.iterations), 5),
             "peak_memory_bytes": progress.peak_memory_bytes,
@@ -160,7 +182,7 @@ def _make_set(
     result.metadata |= {
         "method": config.method,
         "set_id": config.set_id,
-        "source_hash": source_hash(),
+        "source_hash": config.source_hash,
         "cost": cost,
     }
     result.save(path)
@@ -193,10 +215,18 @@ def distill_run(
         model=model,
         protocol=config.protocol,
         seed=config.seed,
-        autocast=config.runtime.autocast,
+        precision=config.precision,
+        model_config=config.identity()["model"],
     )
-    method = entry.distiller(settings, context)
-    return distill(
+    experts = config.runtime.experts
+    prepared, cost = entry.distiller.prepare(
+        settings,
+        context,
+        Path(experts) if experts else cache_dir() / "experts",
+        config.runtime.progress,
+    )
+    method = entry.distiller(settings, replace(context, prepared=prepared))
+    result, progress = distill(
         method,
         settings.iterations,
         checkpoint=None if folder is None else _checkpoint_path(folder, config),
@@ -206,6 +236,8 @@ def distill_run(
         callback=callback,
         callback_every=callback_every,
     )
+    progress.prepared = cost
+    return result, progress
 
 
 def _no_cost() -> dict[str, Any]:
@@ -235,7 +267,6 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
 
     Book: notebooks/02_encoders_and_evaluation.
     """
-    today = source_hash()
     rows = []
     for record in ResultsStore(path).records():
         config, cost = record["config"], record["cost"]
@@ -263,13 +294,23 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
                 | {name: cost[name] for name in _no_cost()}
                 | {
                     "device": record["environment"]["device"],
-                    "stale": record["environment"]["source_hash"] != today,
+                    "stale": _is_stale(record),
                     "finished": record["finished"],
                     "config": config,
                 }
             )
     frame = pd.DataFrame(rows, columns=None if rows else _columns())
     return frame.sort_values(["sweep", "run_id", "student_seed"], ignore_index=True)
+
+
+def _is_stale(record: dict[str, Any]) -> bool:
+    """True where other code made the record than a run of it would use now."""
+    config = record["config"]
+    try:
+        today = source_hash(*plugins(config["method"], config.get("init", "random")))
+    except ConfigError:
+        return True  # a method that this version does not have
+    return bool(record["environment"]["source_hash"] != today)
 
 
 _RUN_COLUMNS = ("run_id", "sweep", "dataset", "model", "method", "pairs", "protocol", "seed")

@@ -34,7 +34,8 @@ class SyntheticPairs:
     token embeddings that enter a text encoder past its embedding table; text_mask: (N, L) bool,
     true where a token counts (token embeddings only; None counts all). similarity: a module of
     `mmdd.similarity`, or None for the identity. learning_rates: student learning rates learned
-    with the set, by part ("image", "text"). metadata: JSON values: provenance and licence.
+    with the set, by branch ("image", "text") or part of the model ("text_head"). metadata: JSON
+    values: provenance and licence.
 
     Raises `ConfigError` where shapes contradict each other.
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mmdd import losses
 from mmdd.batches import RealBatches, SetBatches, real_pairs
 from mmdd.data.pairs import PairDataset
 from mmdd.data.scenes import Scenes
@@ -19,7 +20,6 @@ from mmdd.errors import ConfigError, DataError, NonFiniteError
 from mmdd.evaluation import (
     EvaluationConfig,
     SplitScorer,
-    contrastive_loss,
     evaluate,
     train_student,
 )
@@ -280,10 +280,14 @@ def test_learned_rates_are_used(
         )
 
     plain = make_set("image+text_head")
-    assert_same_parameters(student(pairs), student(plain, lr_image=0.004, lr_heads=0.07), atol=0)
+    by_part = {"image_encoder": 0.004, "image_head": 0.004, "text_head": 0.07}
+    learned = make_set("image+text_head", learning_rates=by_part)
+    assert_same_parameters(student(pairs), student(learned), atol=0)
     assert_same_parameters(student(pairs, use_learned_rates=False), student(plain), atol=0)
-    half = make_set("image+text_head", learning_rates={"image": 0.004})
+    half = make_set("image+text_head", learning_rates={"image_encoder": 0.004})
     assert_same_parameters(student(half), student(plain, lr_image=0.004), atol=0)
+    half = make_set("image+text_head", learning_rates={"image_head": 0.07, "text_head": 0.07})
+    assert_same_parameters(student(half), student(plain, lr_heads=0.07), atol=0)
 
 
 def test_the_rate_falls_once_after_half(
@@ -482,7 +486,10 @@ def test_refusals(
 ) -> None:
     z = torch.eye(3)
     with pytest.raises(ConfigError, match="unknown loss 'mse'; known: info_nce"):
-        contrastive_loss("mse", z, z, 0.07, None)
+        losses.contrastive_loss("mse", z, z, 0.07, None)  # type: ignore[arg-type]
+    vectors = make_set("image+text_head")
+    with pytest.raises(ConfigError, match="'both' trains the text encoder"):
+        evaluate(vectors, scenes, make_model, "both", config(), progress=False)
     only_train = PairDataset(scenes.images, scenes.captions, {"train": range(80)}, name="half")
     with pytest.raises(DataError, match="no split 'val'"):
         evaluate(make_set(), only_train, make_model, "both", config(), progress=False)

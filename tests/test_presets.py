@@ -35,7 +35,7 @@ def test_presets_differ() -> None:
     assert len({preset(name).run_id for name in NAMES}) == len(NAMES)
     assert preset("tiny").dataset.train == 1000
     assert preset("photos").dataset.reader == "karpathy"
-    assert preset("gpu").runtime.autocast
+    assert preset("gpu").precision == "bfloat16"
     assert preset("paper").dataset.size == 224
 
 

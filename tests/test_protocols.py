@@ -13,10 +13,12 @@ from mmdd.encoders import (
     TextEncoderSpec,
     build_model,
 )
+from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig, train_student
 from mmdd.protocols import (
     PROTOCOLS,
     Protocol,
+    component_rates,
     freeze_all_but,
     parameter_groups,
     text_is_tokens,
@@ -170,9 +172,24 @@ def test_a_head_that_is_not_there() -> None:
 
 
 def test_rates_by_part(scenes_model: DualEncoder) -> None:
-    groups = parameter_groups(trained_parameters(scenes_model, "both"), 1.0, 2.0, 3.0)
+    rates = component_rates(1.0, 2.0, 3.0)
+    groups = parameter_groups(trained_parameters(scenes_model, "both"), rates)
     names = {id(p): n for n, p in scenes_model.named_parameters()}
-    found = {g["lr"]: sorted(names[id(p)] for p in g["params"]) for g in groups}
-    assert found == {1.0: sorted(IMAGE), 2.0: sorted(TEXT), 3.0: sorted(HEADS)}
-    groups = parameter_groups(trained_parameters(scenes_model, "heads"), 1.0, 2.0, 3.0)
-    assert [g["lr"] for g in groups] == [3.0]
+    found = [(g["lr"], sorted(names[id(p)] for p in g["params"])) for g in groups]
+    assert found == [
+        (1.0, sorted(IMAGE)),
+        (3.0, ["image_head.weight"]),
+        (2.0, sorted(TEXT)),
+        (3.0, ["text_head.weight"]),
+    ]
+    groups = parameter_groups(trained_parameters(scenes_model, "heads"), rates)
+    assert [g["lr"] for g in groups] == [3.0, 3.0]
+
+
+def test_learned_rates_go_to_the_branch_or_the_part_that_they_name() -> None:
+    rates = component_rates(1.0, 2.0, 3.0, {"image": 4.0, "text_head": 5.0})
+    assert rates == {"image_encoder": 4, "image_head": 4, "text_encoder": 2, "text_head": 5}
+    rates = component_rates(1.0, 2.0, 3.0, {"image_head": 6.0, "image": 4.0})
+    assert rates == {"image_encoder": 4, "image_head": 6, "text_encoder": 2, "text_head": 3}
+    with pytest.raises(ConfigError, match="'head'; known: image_encoder"):
+        component_rates(1.0, 2.0, 3.0, {"head": 4.0})

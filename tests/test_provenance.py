@@ -26,8 +26,11 @@ def copy_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-def fresh() -> str:
-    return source_hash.__wrapped__()
+COVMATCH = "mmdd.distill.covmatch"
+
+
+def fresh(*plugins: str) -> str:
+    return source_hash.__wrapped__(*plugins)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -45,36 +48,38 @@ def test_the_hash_is_that_of_the_files(copy_of_the_package: Path) -> None:
 def test_words_for_readers_do_not_count(copy_of_the_package: Path) -> None:
     path = copy_of_the_package / "losses.py"
     path.write_text('"""Something else."""\n' + path.read_text().split('"""', 2)[2])
-    edit(path, "def info_nce", "# a comment\n\n\ndef info_nce")
-    edit(path, '"""InfoNCE, the mean of', '"""The mean of')
-    edit(copy_of_the_package / "plots.py", "0.15", "0.25")
-    edit(copy_of_the_package / "data/download.py", "import", "import os\nimport")
+    selection = copy_of_the_package / "selection/__init__.py"
+    loop = "from mmdd.distill.loop"
+    edit(path, loop, f"from mmdd.distill.other import VALUE\n{loop}")
+    edit(path, "[str, Method] = {", "[str, Method] = {\n    'other': VALUE,")
+    edit(path, "__all__ = [", '__all__ = [\n    "VALUE",')
+    edit(selection, '    "random"', '    "other": None,\n    "random"')
     assert fresh() == source_hash()
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("losses.py", "0.07", "0.08"),
-        ("losses.py", "return 0.5 * (", "return 1.0 * ("),
-        ("distill/covmatch.py", "config.lambda_ * means", "means"),
-        ("evaluation.py", "gamma=0.1", "gamma=0.2"),
-        ("data/scenes.py", '"red": (0.86', '"red": (0.87'),
-        ("data/captions.py", '"small", "little", "tiny"', '"small", "tiny"'),
-        ("encoders/dual.py", "dim=128,", "dim=129,"),
-    ],
-)
-def test_whatever_decides_a_result_counts(
-    copy_of_the_package: Path, file: str, old: str, new: str
-) -> None:
-    edit(copy_of_the_package / file, old, new)
+    assert fresh(COVMATCH) == source_hash(COVMATCH)
+    edit(selection, "[seed, 17]", "[seed, 18]")
     assert fresh() != source_hash()
+
+
+def test_everything_that_a_run_loads_is_hashed() -> None:
+    """Against the interpreter's own account of what a run imports."""
+    code = "import sys, mmdd.runs; print(*[m for m in sys.modules if m.split('.')[0] == 'mmdd'])"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+    every = [f"mmdd.distill.{p.stem}" for p in (PACKAGE / "distill").glob("*.py")]
+    every += [f"mmdd.selection.{p.stem}" for p in (PACKAGE / "selection").glob("*.py")]
+    hashed = set(provenance._imported(["mmdd.runs", *every]))
+    files = {provenance._file(module) for module in loaded.stdout.split()} - {None}
+    names = {path.relative_to(PACKAGE).as_posix() for path in files if path}
+    assert "losses.py" in names
+    assert names - provenance._WITHOUT_EFFECT <= hashed
 
 
 def test_names_of_files_count(copy_of_the_package: Path) -> None:
-    (copy_of_the_package / "losses.py").rename(copy_of_the_package / "loss.py")
+    (copy_of_the_package / "similarity.py").rename(copy_of_the_package / "likeness.py")
+    edit(copy_of_the_package / "synthetic.py", "mmdd.similarity", "mmdd.likeness")
     assert fresh() != source_hash()
-    (copy_of_the_package / "loss.py").rename(copy_of_the_package / "losses.py")
+    edit(copy_of_the_package / "synthetic.py", "mmdd.likeness", "mmdd.similarity")
+    (copy_of_the_package / "likeness.py").rename(copy_of_the_package / "similarity.py")
     assert fresh() == source_hash()
 
 
@@ -110,9 +115,9 @@ def test_a_run_names_the_code_that_it_loaded(copy_of_the_package: Path) -> None:
 
 
 def test_environment() -> None:
-    found = environment(torch.device("cpu"))
+    found = environment(torch.device("cpu"), "0123456789ab")
     assert found["mmdd"] == mmdd.__version__
-    assert found["source_hash"] == source_hash()
+    assert found["source_hash"] == "0123456789ab"
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert found["threads"] == torch.get_num_threads()

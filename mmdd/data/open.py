@@ -30,7 +30,8 @@ def open_dataset(config: "DatasetConfig", runtime: "RuntimeConfig") -> PairDatas
     """Render the scenes, or read the files under `runtime.data`.
 
     For the reader "karpathy" that folder holds one `dataset_*.json` and the images, below it or in
-    `Images` / `images`; for "coco" `annotations/captions_*.json` and an image folder per split; for
+    `Images` / `images`; for "coco" `annotations/captions_*.json` and an image folder per split (the
+    test captions were never published: every second validation image becomes a test image); for
     "flickr8k" `captions.txt` or `Flickr8k.token.txt` and `Images`. Raises `ConfigError` without a
     folder, `DataError` when files are missing. Book: notebooks/01_data.
     """
@@ -88,7 +89,7 @@ def _read(config: "DatasetConfig", folder: Path, runtime: "RuntimeConfig") -> Pa
         if not files:
             raise DataError(f"no captions_*.json in {folder / 'annotations'}.")
         annotations = {"train" if "train" in file.name else "val": str(file) for file in files}
-        return readers.read_coco_captions(annotations, images, config.size, **options)
+        return _with_test(readers.read_coco_captions(annotations, images, config.size, **options))
     captions = next(
         (
             folder / n
@@ -103,6 +104,20 @@ def _read(config: "DatasetConfig", folder: Path, runtime: "RuntimeConfig") -> Pa
     split_files = {split: file for split, file in found.items() if file.exists()}
     return readers.read_flickr8k(
         captions, images, config.size, split_files=split_files or None, **options
+    )
+
+
+def _with_test(dataset: PairDataset) -> PairDataset:
+    if "test" in dataset.splits or "val" not in dataset.splits:
+        return dataset
+    held_out = dataset.splits["val"]
+    return PairDataset(
+        dataset.images,
+        dataset.captions,
+        dataset.splits | {"val": held_out[::2], "test": held_out[1::2]},
+        name=dataset.name,
+        fingerprint=f"{dataset.fingerprint}:half of val is test",
+        metadata=dataset.metadata,
     )
 
 

@@ -11,7 +11,7 @@ from mmdd import losses
 from mmdd.distill.learnable import LearnablePairs
 from mmdd.distill.loop import Context, Distiller
 from mmdd.errors import ConfigError
-from mmdd.protocols import freeze_all_but, parameter_groups
+from mmdd.protocols import component_rates, freeze_all_but, parameter_groups
 from mmdd.synthetic import SyntheticPairs
 
 _REAL, _SYNTHETIC = 1, 2  # streams of random numbers
@@ -210,13 +210,15 @@ class CovMatch(Distiller):
         self.model_optimizer = torch.optim.SGD(
             parameter_groups(
                 self.trained,
-                self.config.model_lr_image,
-                self.config.model_lr_text,
-                self.config.model_lr_heads,
+                component_rates(
+                    self.config.model_lr_image,
+                    self.config.model_lr_text,
+                    self.config.model_lr_heads,
+                ),
             ),
             momentum=self.config.model_momentum,
             weight_decay=self.config.model_weight_decay,
         )
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.context.autocast)
+        return self.context.autocast(self.device)

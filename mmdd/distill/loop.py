@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -26,13 +26,15 @@ from mmdd.protocols import Protocol
 from mmdd.synthetic import SyntheticPairs
 
 HISTORY_POINTS = 200  # what a record keeps of the losses
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Context:
     """What a method works with: where it starts, real batches, the model, the protocol, a seed.
 
-    autocast: forward passes in bfloat16 (GPU). The model is the method's own copy to change.
+    The model is the method's own copy to change. precision: of forward passes. model_config: what
+    the model was built from, as JSON values. prepared: what the method's `prepare` returned.
     """
 
     start: SyntheticPairs
@@ -40,7 +42,14 @@ class Context:
     model: DualEncoder
     protocol: Protocol
     seed: int
-    autocast: bool = False
+    precision: Precision = "float32"
+    model_config: dict[str, Any] = field(default_factory=dict)
+    prepared: Any = None
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """A context in which forward passes have the precision asked for."""
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 class Distiller(ABC):
@@ -55,6 +64,17 @@ class Distiller(ABC):
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context, self.seed = config, context, context.seed
+
+    @classmethod
+    def prepare(
+        cls, config: Any, context: Context, folder: Path, progress: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        """What must exist before the first iteration, such as trained experts, and what it cost.
+
+        folder: where it is kept for later runs. The costs are entries of a record's cost ledger
+        (`expert_seconds`, `expert_bytes`). What it returns reaches the method in its context.
+        """
+        return None, {}
 
     @abstractmethod
     def learnables(self) -> dict[str, Tensor]:
@@ -91,12 +111,16 @@ class Distiller(ABC):
 
 @dataclass
 class Progress:
-    """What a finished (or stopped) loop knows: losses over iterations, time, memory."""
+    """What a finished (or stopped) loop knows: losses over iterations, time, memory.
+
+    prepared: what the method's `prepare` cost, as entries of the cost ledger.
+    """
 
     iterations: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     history: dict[str, list[float]] = field(default_factory=dict)
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def thinned(self, points: int = HISTORY_POINTS) -> dict[str, list[float]]:
         """The losses at no more than `points` evenly spaced iterations, with those iterations."""
@@ -196,6 +220,7 @@ def _owner(method: Distiller) -> dict[str, Any]:
         "settings": method.config.model_dump(mode="json", exclude={"iterations"}),
         "seed": method.seed,
         "protocol": context.protocol,
+        "precision": context.precision,
         "dataset": context.real.dataset.fingerprint,
     }
 

@@ -1,5 +1,6 @@
 """Image and text encoders by name, and the dual encoder that a retrieval model is."""
 
+from mmdd.encoders._weights import weights_identity
 from mmdd.encoders.dual import PAIRS, DualEncoder, EncoderPair, ModelConfig, build_model
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec
 from mmdd.encoders.text import TextEncoder, TextEncoderSpec
@@ -14,4 +15,5 @@ __all__ = [
     "TextEncoder",
     "TextEncoderSpec",
     "build_model",
+    "weights_identity",
 ]

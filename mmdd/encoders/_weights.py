@@ -1,5 +1,7 @@
 """Reading pretrained weights without running anything that came with them."""
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,6 +35,28 @@ def find_weights(weights: str) -> Path:
         f"weights {weights!r} not found: {path.absolute()} is not a file{shipped}. "
         "Give the path of a .safetensors or .pth file, or leave the weights random."
     )
+
+
+def weights_identity(weights: str | None) -> str | None:
+    """What names weights in a record: a path is told by its last part and its content.
+
+    "hub", "random", "package", a file that ships with the project and None stay as they are.
+    """
+    path = Path(weights).expanduser() if weights else None
+    if path is None or weights in ("hub", "random", "package") or not path.exists():
+        return weights
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stamps = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    return f"local:{path.name}:{_content(stamps)}"
+
+
+@lru_cache(maxsize=32)
+def _content(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, _, _ in stamps:
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
