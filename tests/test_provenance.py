@@ -48,6 +48,49 @@ def test_the_hash_is_that_of_the_files(copy_of_the_package: Path) -> None:
 def test_words_for_readers_do_not_count(copy_of_the_package: Path) -> None:
     path = copy_of_the_package / "losses.py"
     path.write_text('"""Something else."""\n' + path.read_text().split('"""', 2)[2])
+    edit(path, "def info_nce", "# a comment\n\n\ndef info_nce")
+    edit(path, '"""InfoNCE, the mean of', '"""The mean of')
+    edit(copy_of_the_package / "plots.py", "0.15", "0.25")
+    edit(copy_of_the_package / "data/download.py", "import", "import os\nimport")
+    assert fresh() == source_hash()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("losses.py", "0.07", "0.08"),
+        ("losses.py", "return 0.5 * (", "return 1.0 * ("),
+        ("distill/loop.py", "method.optimizer.step()", "pass"),
+        ("evaluation.py", "gamma=0.1", "gamma=0.2"),
+        ("data/scenes.py", '"red": (0.86', '"red": (0.87'),
+        ("data/captions.py", '"small", "little", "tiny"', '"small", "tiny"'),
+        ("encoders/dual.py", "dim=128,", "dim=129,"),
+    ],
+)
+def test_whatever_decides_a_result_counts(
+    copy_of_the_package: Path, file: str, old: str, new: str
+) -> None:
+    edit(copy_of_the_package / file, old, new)
+    assert fresh() != source_hash()
+
+
+def test_a_method_counts_for_its_own_runs_alone(copy_of_the_package: Path) -> None:
+    before = fresh(COVMATCH)
+    assert before == source_hash(COVMATCH) != source_hash()
+    edit(copy_of_the_package / "distill/covmatch.py", "config.lambda_ * means", "means")
+    assert fresh() == source_hash()
+    assert fresh(COVMATCH) != before
+
+
+def test_what_a_method_imports_counts(copy_of_the_package: Path) -> None:
+    edit(copy_of_the_package / "distill/learnable.py", "images * self.std", "images")
+    assert fresh() == source_hash()
+    assert fresh(COVMATCH) != source_hash(COVMATCH)
+
+
+def test_an_entry_in_a_registry_changes_no_result(copy_of_the_package: Path) -> None:
+    (copy_of_the_package / "distill/other.py").write_text("VALUE = 1\n")
+    path = copy_of_the_package / "distill/__init__.py"
     selection = copy_of_the_package / "selection/__init__.py"
     loop = "from mmdd.distill.loop"
     edit(path, loop, f"from mmdd.distill.other import VALUE\n{loop}")
