@@ -6,6 +6,16 @@ from pydantic import BaseModel
 
 from mmdd.distill.covmatch import CovMatch, CovMatchConfig
 from mmdd.distill.loop import Context, Distiller, Progress, distill
+from mmdd.distill.trajectory import (
+    Lors,
+    LorsConfig,
+    Tesla,
+    TeslaConfig,
+    TeslaWbce,
+    TeslaWbceConfig,
+    TrajectoryConfig,
+    TrajectoryMatching,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "mtt": Method(TrajectoryConfig, TrajectoryMatching),
+    "tesla": Method(TeslaConfig, Tesla),
+    "tesla-wbce": Method(TeslaWbceConfig, TeslaWbce),
+    "lors": Method(LorsConfig, Lors),
     "covmatch": Method(CovMatchConfig, CovMatch),
 }
 

@@ -1,0 +1,473 @@
+"""Trajectory matching: MTT-VL, TESLA and LoRS are one distiller with different settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmdd import losses
+from mmdd.distill.learnable import LearnablePairs
+from mmdd.distill.loop import Context, Distiller
+from mmdd.distill.mixed import Engine, mixed_derivative
+from mmdd.errors import ConfigError
+from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, prepare_experts, seeded_dropout
+from mmdd.protocols import component_rates, freeze_all_but
+from mmdd.similarity import (
+    FullSimilarity,
+    IdentitySimilarity,
+    LowRankSimilarity,
+    Similarity,
+)
+from mmdd.synthetic import SyntheticPairs
+
+_DRAW, _BATCHES = 1, 2  # streams of random numbers
+
+
+class TrajectoryConfig(BaseModel):
+    """Settings of MTT-VL; TESLA's and LoRS' differ in their defaults alone.
+
+    Matching: expert_epochs snapshots of an expert, from a start of at most max_start_epoch, are
+    matched by syn_steps student steps on synthetic_batch pairs each (snapshots are epochs unless
+    `experts.snapshot_every` says otherwise). loss, temperature: the students'. distance: relative
+    squared distance for each "branch" (image, text) or for each "part" of the model, added.
+
+    Gradient: "full" is that of the unrolled student; "detached" drops the path through the
+    student's own parameters, as TESLA does. engine: "unroll" keeps one graph over all steps (full
+    only); the others go step by step (see `mmdd.distill.mixed`); "finite-difference" is inexact.
+    error_every: iterations between measurements of its error.
+
+    Learning: lr_image, lr_text, lr_similarity, lr_rates are step sizes on the set (in the
+    encoder's normalised pixel space and the text's own), on S̃, and on the students' learning
+    rates; momentum for "sgd". student_lr_*: where those start; log_rates learns their logarithm.
+    similarity: the form of S̃; "copied" takes, and keeps, the cosines that the first expert gives
+    the initial pairs. rank, alpha: of the low-rank one. learn_*: false keeps that as it started.
+
+    Source: MTT-VL (TMLR 2024); TESLA (ICML 2023); LoRS (ICML 2024) §3.4 and Table 11.
+    Book: notebooks/05_trajectory_matching.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    iterations: int = Field(default=3_000, ge=1)
+    expert_epochs: int = Field(default=1, ge=1)
+    max_start_epoch: int = Field(default=2, ge=0)
+    syn_steps: int = Field(default=8, ge=1)
+    synthetic_batch: int = Field(default=20, ge=2)
+    loss: losses.LossName = "info_nce"
+    temperature: float = Field(default=0.07, gt=0)
+    distance: Literal["branch", "part"] = "branch"
+    gradient: Literal["full", "detached"] = "full"
+    engine: Engine | Literal["unroll"] = "unroll"
+    error_every: int = Field(default=50, ge=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr_image: float = Field(default=100.0, ge=0)
+    lr_text: float = Field(default=100.0, ge=0)
+    lr_similarity: float = Field(default=10.0, ge=0)
+    lr_rates: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    clip: float | None = Field(default=None, gt=0)
+    student_lr_image: float = Field(default=0.1, gt=0)
+    student_lr_text: float = Field(default=0.1, gt=0)
+    student_lr_heads: float = Field(default=0.1, gt=0)
+    log_rates: bool = False
+    similarity: Literal["identity", "full", "low_rank", "copied"] = "identity"
+    rank: int = Field(default=10, ge=1)
+    alpha: float = Field(default=3.0, ge=0)
+    learn_images: bool = True
+    learn_texts: bool = True
+    learn_omega: bool = True
+    learn_residual: bool = True
+    learn_rates: bool = True
+    experts: ExpertConfig = ExpertConfig()
+
+
+class TeslaConfig(TrajectoryConfig):
+    """Settings of TESLA: MTT-VL with the gradient of detached steps, in constant memory."""
+
+    gradient: Literal["full", "detached"] = "detached"
+    engine: Engine | Literal["unroll"] = "double-backward"
+
+
+class TeslaWbceConfig(TeslaConfig):
+    """Settings of TESLA with the wBCE loss, the baseline of the LoRS paper."""
+
+    loss: losses.LossName = "wbce"
+
+
+class LorsConfig(TeslaWbceConfig):
+    """Settings of LoRS: TESLA with wBCE (or eNCE) and a learned similarity of low rank."""
+
+    similarity: Literal["identity", "full", "low_rank", "copied"] = "low_rank"
+
+
+class TrajectoryMatching(Distiller):
+    """Move the set so that a student trained on it goes where the experts went.
+
+    An iteration draws an expert and a start, puts the student there, takes `syn_steps` SGD steps on
+    mini-batches of the set, and measures how far from the expert's later snapshot it ended,
+    relative to how far the expert went. Raises `ConfigError` for settings that contradict each
+    other or experts that are too short.
+
+    Source: MTT-VL; TESLA; LoRS Alg. 1 and 2. Book: notebooks/05_trajectory_matching.
+    """
+
+    name = "mtt"
+
+    config: TrajectoryConfig
+
+    @classmethod
+    def prepare(
+        cls, config: TrajectoryConfig, context: Context, folder: Path, progress: bool = True
+    ) -> tuple[ExpertBuffer, dict[str, Any]]:
+        return prepare_experts(config.experts, context, folder, progress)
+
+    def __init__(self, config: TrajectoryConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.experts: ExpertBuffer = context.prepared
+        self.model, self.device = context.model, context.real.device
+        _check(config, self.experts, len(context.start))
+        self.layout = Layout.of(self.model, context.protocol)
+        freeze_all_but(self.model, context.protocol)
+        self.model.train()
+        self.set = LearnablePairs(
+            context.start, self.model.image_encoder, config.learn_images, config.learn_texts
+        )
+        self.similarity = self._similarity().to(self.device)
+        start = component_rates(
+            config.student_lr_image, config.student_lr_text, config.student_lr_heads
+        )
+        rates = torch.tensor([start[part] for part in self.layout.sizes], device=self.device)
+        self.raw_rates = nn.Parameter(rates.log() if config.log_rates else rates)
+        self.raw_rates.requires_grad_(config.learn_rates)
+        groups = [{"params": [p], "lr": lr} for _, p, lr in self._learned() if p.requires_grad]
+        if not groups:
+            raise ConfigError(f"{self.name} has nothing to learn: one of learn_* must be true.")
+        self.optimizer = (
+            torch.optim.Adam(groups)
+            if config.optimizer == "adam"
+            else torch.optim.SGD(groups, momentum=config.momentum)
+        )
+        self._error = 0.0
+
+    def _similarity(self) -> Similarity:
+        """S̃ as it starts, its noise drawn from the run's seed."""
+        config, n = self.config, len(self.set)
+        if config.similarity == "identity":
+            return IdentitySimilarity(n)
+        module: FullSimilarity | LowRankSimilarity
+        if config.similarity == "low_rank":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                module = LowRankSimilarity(n, config.rank, config.alpha)
+            module.omega.requires_grad_(config.learn_omega)
+            module.left.requires_grad_(config.learn_residual)
+            module.right.requires_grad_(config.learn_residual)
+            return module
+        module = FullSimilarity(n)
+        if config.similarity == "copied":
+            parameters = self.layout.named(self.layout.parts(self._last_snapshot()))
+            with torch.no_grad():
+                z_image, z_text = self._embed(parameters, self.set.pixels(), *self.set.text())
+                module.values.copy_((z_image @ z_text.T).cpu())
+            module.values.requires_grad_(False)
+        return module
+
+    def _last_snapshot(self) -> Tensor:
+        return self.experts.read(0, self.experts.manifests[0]["snapshots"]).to(self.device)
+
+    def _learned(self) -> list[tuple[str, nn.Parameter, float]]:
+        config = self.config
+        return [
+            ("images", self.set.images, config.lr_image),
+            ("texts", self.set.texts, config.lr_text),
+            *(
+                (f"similarity.{name}", p, config.lr_similarity)
+                for name, p in self.similarity.named_parameters()
+            ),
+            ("rates", self.raw_rates, config.lr_rates),
+        ]
+
+    def learnables(self) -> dict[str, Tensor]:
+        return {name: p for name, p, _ in self._learned() if p.requires_grad}
+
+    def rates(self) -> Tensor:
+        """The student's learning rate for each part of the model, differentiable."""
+        return self.raw_rates.exp() if self.config.log_rates else self.raw_rates
+
+    def backward(self, iteration: int) -> dict[str, float]:
+        config = self.config
+        rng = self.rng(_DRAW, iteration)
+        expert = int(rng.integers(len(self.experts)))
+        begin = int(rng.integers(config.max_start_epoch + 1))
+        start, target = (
+            self.layout.parts(self.experts.read(expert, snapshot).to(self.device))
+            for snapshot in (begin, begin + config.expert_epochs)
+        )
+        for _, parameter, _ in self._learned():
+            parameter.grad = None
+        if config.engine == "unroll":
+            loss = self._unrolled(start, target, iteration)
+        else:
+            loss = self._step_by_step(start, target, iteration)
+        terms = {"loss": loss}
+        for part, rate in zip(self.layout.sizes, self.rates().tolist(), strict=True):
+            terms[f"lr_{part}"] = rate
+        if config.engine == "finite-difference":
+            terms["relative_error"] = self._error
+        return terms
+
+    def after_step(self, iteration: int) -> dict[str, float]:
+        if not self.config.log_rates:
+            with torch.no_grad():
+                self.raw_rates.clamp_(min=1e-3)  # as LoRS' code does: a negative rate is no student
+        return {}
+
+    # -- the student -------------------------------------------------------------------------------
+
+    def _embed(
+        self, parameters: dict[str, Tensor], images: Tensor, texts: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), self.context.autocast(self.device):
+            z_image, z_text = functional_call(self.model, parameters, (images, texts, mask))
+        if self.context.precision == "bfloat16":
+            return z_image.float(), z_text.float()
+        return z_image, z_text
+
+    def step_loss(
+        self, theta: Sequence[Tensor], inputs: Sequence[Tensor], mask: Tensor | None, key: list[int]
+    ) -> Tensor:
+        """The student's loss at θ (flat, per part) on images, texts and S̃ of one mini-batch.
+
+        inputs: images in pixel units (k, 3, H, W), texts, and S̃ (k, k). key: of the dropout masks,
+        so that every evaluation of one step sees the same.
+        """
+        images, texts, similarity = inputs
+        with seeded_dropout(key, self.device):
+            z_image, z_text = self._embed(self.layout.named(list(theta)), images, texts, mask)
+        return losses.contrastive_loss(
+            self.config.loss, z_image, z_text, self.config.temperature, similarity
+        )
+
+    def batches(self, iteration: int) -> list[Tensor]:
+        """The rows of the set that each student step sees: passes over it in random order."""
+        size, n = self.config.synthetic_batch, len(self.set)
+        rng = self.rng(_BATCHES, iteration)
+        found: list[Tensor] = []
+        while len(found) < self.config.syn_steps:
+            order = torch.from_numpy(rng.permutation(n)).to(self.device)
+            found += [rows for rows in order.split(size) if len(rows) >= 2]
+        return found[: self.config.syn_steps]
+
+    def _inputs(self, rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        texts, mask = self.set.text(rows)
+        return [self.set.pixels(rows), texts, self.similarity.matrix(rows)], mask
+
+    def _distance(
+        self, student: Sequence[Tensor], target: Sequence[Tensor], start: Sequence[Tensor]
+    ) -> Tensor:
+        """Relative squared distance to the target, added over branches or parts."""
+        groups: dict[str, list[int]] = {}
+        for i, part in enumerate(self.layout.sizes):
+            key = part if self.config.distance == "part" else part.split("_")[0]
+            groups.setdefault(key, []).append(i)
+        terms = []
+        for members in groups.values():
+            end, goal, origin = (
+                torch.cat([v[i] for i in members]) for v in (student, target, start)
+            )
+            terms.append(losses.trajectory_distance(end, goal, origin))
+        return torch.stack(terms).sum()
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def _unrolled(self, start: list[Tensor], target: list[Tensor], iteration: int) -> float:
+        """The full gradient from one graph over all steps."""
+        rates = self.rates()
+        theta = [t.detach().requires_grad_() for t in start]
+        for i, rows in enumerate(self.batches(iteration)):
+            inputs, mask = self._inputs(rows)
+            loss = self.step_loss(theta, inputs, mask, [self.seed, iteration, i])
+            gradient = torch.autograd.grad(loss, theta, create_graph=True)
+            theta = [t - r * g for t, r, g in zip(theta, rates, gradient, strict=True)]
+        outer = self._distance(theta, target, start)
+        outer.backward(inputs=list(self.learnables().values()))
+        return outer.item()
+
+    def _step_by_step(self, start: list[Tensor], target: list[Tensor], iteration: int) -> float:
+        """Either gradient in memory for one step: the student's path first, then back along it."""
+        config = self.config
+        rates = self.rates()
+        eta = rates.detach()
+        batches = self.batches(iteration)
+        full = config.gradient == "full"
+        # Double backward meets every step's gradient again, and can walk the path a second time.
+        keep = full or config.engine != "double-backward"
+        path = [start]
+        theta, total = start, [torch.zeros_like(t) for t in start]
+        for i, rows in enumerate(batches):
+            gradient = self._gradient(theta, rows, [self.seed, iteration, i])
+            for t, g in zip(total, gradient, strict=True):
+                t += g
+            theta = [t - r * g for t, r, g in zip(theta, eta, gradient, strict=True)]
+            if keep:
+                path.append(theta)
+        end = [t.detach().requires_grad_() for t in theta]
+        outer = self._distance(end, target, start)
+        adjoint = list(torch.autograd.grad(outer, end))
+        rate_gradient = torch.zeros_like(eta)
+        if not full:
+            rate_gradient = -torch.stack(
+                [(a * t).sum() for a, t in zip(adjoint, total, strict=True)]
+            )
+        theta = start
+        order = range(len(batches) - 1, -1, -1) if full else range(len(batches))
+        for i in order:
+            here = path[i] if keep else theta
+            rows, key = batches[i], [self.seed, iteration, i]
+            # θ moves by -η g: how the outcome changes with g is -η times the adjoint.
+            direction = [-r * a for r, a in zip(eta, adjoint, strict=True)]
+            found = self._mixed(here, rows, key, direction, curvature=full, step=i)
+            if full:
+                moved = [a - b for a, b in zip(path[i], path[i + 1], strict=True)]  # η g
+                rate_gradient -= torch.stack(
+                    [(a * m).sum() / r for a, m, r in zip(adjoint, moved, eta, strict=True)]
+                )
+                assert found is not None
+                adjoint = [a + h for a, h in zip(adjoint, found[1], strict=True)]
+            elif not keep:
+                theta = [t - r * g for t, r, g in zip(theta, eta, found[1], strict=True)]
+        if rates.requires_grad:
+            rates.backward(rate_gradient)
+        return outer.item()
+
+    def _gradient(self, theta: list[Tensor], rows: Tensor, key: list[int]) -> list[Tensor]:
+        theta = [t.detach().requires_grad_() for t in theta]
+        with torch.no_grad():
+            inputs, mask = self._inputs(rows)
+        return list(torch.autograd.grad(self.step_loss(theta, inputs, mask, key), theta))
+
+    def _mixed(
+        self,
+        theta: list[Tensor],
+        rows: Tensor,
+        key: list[int],
+        direction: list[Tensor],
+        curvature: bool,
+        step: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Put one step's share on the learnables; returns (…, H v) or (…, ∇ℓ) where it has them."""
+        config = self.config
+        assert config.engine != "unroll"
+        inputs, mask = self._inputs(rows)
+
+        def loss(theta: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+            return self.step_loss(theta, inputs, mask, key)
+
+        found = mixed_derivative(loss, theta, inputs, direction, config.engine, curvature=curvature)
+        iteration = key[1]
+        if (
+            config.engine == "finite-difference"
+            and step == 0
+            and not iteration % config.error_every
+        ):
+            exact = mixed_derivative(loss, theta, inputs, direction, "forward-over-reverse")
+            self._error = _relative_error(found.inputs, exact.inputs)
+        wanted = [(u, g) for u, g in zip(inputs, found.inputs, strict=True) if u.requires_grad]
+        if wanted:
+            torch.autograd.backward([u for u, _ in wanted], [g for _, g in wanted])
+        return found.inputs, (found.curvature if curvature else found.gradient) or []
+
+    # -- what comes out ----------------------------------------------------------------------------
+
+    def export(self) -> SyntheticPairs:
+        found = self.set.export(
+            {
+                **self.context.start.metadata,
+                "method": self.name,
+                "settings": self.config.model_dump(mode="json"),
+            }
+        )
+        found.learning_rates = dict(zip(self.layout.sizes, self.rates().tolist(), strict=True))
+        if not isinstance(self.similarity, IdentitySimilarity):
+            found.similarity = _copy(self.similarity)
+        return found
+
+    def hint(self) -> str:
+        config = self.config
+        return (
+            f"lower lr_image ({config.lr_image}), lr_text ({config.lr_text}) and lr_rates "
+            f"({config.lr_rates}), or start from smaller student_lr_*"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learned": {name: p for name, p, _ in self._learned()},
+            "optimizer": self.optimizer.state_dict(),
+            "error": self._error,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter, _ in self._learned():
+                parameter.copy_(state["learned"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._error = state["error"]
+
+
+class Tesla(TrajectoryMatching):
+    """TESLA. Book: notebooks/05_trajectory_matching."""
+
+    name = "tesla"
+
+
+class TeslaWbce(TrajectoryMatching):
+    """TESLA with wBCE. Book: notebooks/05_trajectory_matching."""
+
+    name = "tesla-wbce"
+
+
+class Lors(TrajectoryMatching):
+    """LoRS. Book: notebooks/06_lors."""
+
+    name = "lors"
+
+
+def _copy(module: FullSimilarity | LowRankSimilarity) -> Similarity:
+    """The same similarity on the CPU, with tensors of its own."""
+    fresh: FullSimilarity | LowRankSimilarity
+    if isinstance(module, LowRankSimilarity):
+        fresh = LowRankSimilarity(module.n, module.rank, module.alpha)
+    else:
+        fresh = FullSimilarity(module.n)
+    fresh.load_state_dict({name: t.detach().cpu() for name, t in module.state_dict().items()})
+    return fresh
+
+
+def _relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """‖found - exact‖ / ‖exact‖ over all tensors."""
+    wrong = sum(float((a - b).double().square().sum()) for a, b in zip(found, exact, strict=True))
+    size = sum(float(b.double().square().sum()) for b in exact)
+    return float(np.sqrt(wrong / size)) if size > 0 else float(wrong > 0)
+
+
+def _check(config: TrajectoryConfig, experts: ExpertBuffer, pairs: int) -> None:
+    needed = config.max_start_epoch + config.expert_epochs
+    if needed > experts.snapshots:
+        raise ConfigError(
+            f"max_start_epoch ({config.max_start_epoch}) + expert_epochs ({config.expert_epochs}) "
+            f"is {needed}, but the experts have {experts.snapshots} snapshots after their start."
+        )
+    if config.engine == "unroll" and config.gradient == "detached":
+        raise ConfigError(
+            "engine 'unroll' has the full gradient: for 'detached' choose 'double-backward', "
+            "'forward-over-reverse' or 'finite-difference'."
+        )
+    if pairs < 2:
+        raise ConfigError(f"trajectory matching needs at least two synthetic pairs, not {pairs}.")
