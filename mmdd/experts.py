@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from mmdd import losses
 from mmdd.batches import Batch, RealBatches
-from mmdd.distill.loop import Context
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.evaluation import SplitScorer
@@ -39,6 +38,9 @@ from mmdd.protocols import (
     trained_parameters,
 )
 from mmdd.provenance import source_hash
+
+if TYPE_CHECKING:
+    from mmdd.distill.loop import Context
 
 _SEEDS = 100_000  # experts draw their batches and projections from seeds that no student has
 
@@ -169,7 +171,7 @@ class ExpertBuffer:
 
 
 def prepare_experts(
-    config: ExpertConfig, context: Context, folder: Path, progress: bool = True
+    config: ExpertConfig, context: "Context", folder: Path, progress: bool = True
 ) -> tuple[ExpertBuffer, dict[str, Any]]:
     """The experts a distillation asks for, trained now if need be, and their cost entries.
 
@@ -185,7 +187,7 @@ def prepare_experts(
     }
 
 
-def buffer_folder(config: ExpertConfig, context: Context, folder: Path) -> Path:
+def buffer_folder(config: ExpertConfig, context: "Context", folder: Path) -> Path:
     """Where the experts of a configuration, model, dataset and protocol live.
 
     Named by a hash of all that decides their parameters; how many there are is not part of it.
@@ -195,7 +197,7 @@ def buffer_folder(config: ExpertConfig, context: Context, folder: Path) -> Path:
     return folder / name
 
 
-def _identity(config: ExpertConfig, context: Context) -> dict[str, Any]:
+def _identity(config: ExpertConfig, context: "Context") -> dict[str, Any]:
     return {
         "experts": config.model_dump(mode="json", exclude={"count"}),
         "model": context.model_config,
@@ -207,7 +209,7 @@ def _identity(config: ExpertConfig, context: Context) -> dict[str, Any]:
 
 def train_experts(
     config: ExpertConfig,
-    context: Context,
+    context: "Context",
     folder: Path,
     numbers: list[int] | None = None,
     progress: bool = True,
@@ -249,7 +251,7 @@ def train_experts(
 def _train(
     number: int,
     config: ExpertConfig,
-    context: Context,
+    context: "Context",
     layout: Layout,
     folder: Path,
     scorer: SplitScorer,

@@ -1,0 +1,448 @@
+"""Trajectory matching: gradients against independent recomputations in float64, and the loop."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdd.distill import METHODS, Context, distill
+from mmdd.distill.trajectory import TrajectoryMatching
+from mmdd.errors import ConfigError
+from mmdd.experts import ExpertBuffer
+from mmdd.protocols import PROTOCOLS, Protocol, trained_parameters
+from mmdd.similarity import FullSimilarity, LowRankSimilarity
+from mmdd.synthetic import SyntheticPairs
+
+MakeContext = Callable[..., Context]
+Make = Callable[..., TrajectoryMatching]
+EXPERTS = {"count": 2, "epochs": 3, "batch_size": 10, "lr_image": 0.02, "lr_text": 0.02}
+SETTINGS: dict[str, Any] = {
+    "iterations": 4,
+    "syn_steps": 3,
+    "synthetic_batch": 4,
+    "max_start_epoch": 1,
+    "student_lr_image": 0.03,
+    "student_lr_text": 0.02,
+    "student_lr_heads": 0.2,
+    "experts": EXPERTS,
+}
+SMALL_STEPS: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr_image": 0.05,
+    "lr_text": 0.05,
+    "lr_similarity": 0.01,
+}
+STEPWISE = ("double-backward", "forward-over-reverse")
+
+
+@pytest.fixture(scope="module")
+def buffers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture
+def make(make_context: MakeContext, buffers: Path) -> Make:
+    """make(method, protocol=…, model=…, **settings): a distiller with trained experts."""
+
+    def build(
+        method: str = "mtt",
+        protocol: Protocol = "image+text_head",
+        model: str = "scenes-tiny",
+        seed: int = 0,
+        **changes: Any,
+    ) -> TrajectoryMatching:
+        entry = METHODS[method]
+        settings = entry.config(**{**SETTINGS, **changes})
+        context = make_context(protocol, model=model, seed=seed)
+        context = replace(context, model_config={"pair": model})
+        prepared, _ = entry.distiller.prepare(settings, context, buffers, progress=False)
+        made = entry.distiller(settings, replace(context, prepared=prepared))
+        assert isinstance(made, TrajectoryMatching)
+        return made
+
+    return build
+
+
+class DoubleBuffer(ExpertBuffer):
+    """The same experts in float64."""
+
+    def __init__(self, buffer: ExpertBuffer) -> None:
+        self.__dict__.update(buffer.__dict__)
+
+    def read(self, expert: int, snapshot: int) -> Tensor:
+        return super().read(expert, snapshot).double()
+
+
+def in_double(method: TrajectoryMatching) -> TrajectoryMatching:
+    """Everything that the gradient depends on, in float64."""
+    method.model.double()
+    method.set.double()
+    method.similarity.double()
+    method.raw_rates.data = method.raw_rates.data.double()
+    method.experts = DoubleBuffer(method.experts)
+    method.model.eval()  # dropout masks differ between types
+    return method
+
+
+def gradients(method: TrajectoryMatching, iteration: int = 0) -> dict[str, Tensor]:
+    method.optimizer.zero_grad(set_to_none=True)
+    method.backward(iteration)
+    return {
+        name: torch.zeros_like(t) if t.grad is None else t.grad.clone()
+        for name, t in method.learnables().items()
+    }
+
+
+def soften(method: TrajectoryMatching) -> None:
+    """Away from the identity, where half of the similarity's gradients are zero."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in method.similarity.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+# -- an independent student ------------------------------------------------------------------------
+
+
+def loss_of(name: str, z_image: Tensor, z_text: Tensor, similarity: Tensor) -> Tensor:
+    """The four losses from probabilities, as the papers write them (directions averaged)."""
+    logits = z_image @ z_text.T / 0.07
+    m = len(logits)
+    if name in ("info_nce", "ence"):
+        target = torch.eye(m).to(logits) if name == "info_nce" else similarity
+        rows, columns = logits.softmax(dim=1).log(), logits.softmax(dim=0).log()
+        return -(target * (rows + columns)).sum() / (2 * m)
+    p = torch.sigmoid(logits)
+    terms = -similarity * p.log() - (1 - similarity) * (1 - p).log()
+    if name == "bce":
+        return terms.mean()
+    positive = similarity > 0.5
+    return 0.5 * (terms[positive].mean() + terms[~positive].mean())
+
+
+def reference(method: TrajectoryMatching, iteration: int, detached: bool) -> dict[str, Tensor]:
+    """Gradients of the matching loss by unrolling copies of the model with plain autograd."""
+    config = method.config
+    names = list(method.layout.names)
+    rng = method.rng(1, iteration)
+    expert, begin = int(rng.integers(2)), int(rng.integers(config.max_start_epoch + 1))
+    shapes = dict(zip(names, method.layout.shapes, strict=True))
+
+    def split(flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split([shapes[n].numel() for n in names])
+        return {n: p.view(shapes[n]) for n, p in zip(names, pieces, strict=True)}
+
+    start = split(method.experts.read(expert, begin))
+    target = split(method.experts.read(expert, begin + config.expert_epochs))
+    parts = list(method.layout.sizes)
+    rates = dict(zip(parts, method.rates(), strict=True))
+    theta = {n: t.clone().requires_grad_() for n, t in start.items()}
+    moved = {n: torch.zeros_like(t) for n, t in start.items()}  # Σ η g
+    for rows in method.batches(iteration):
+        images = method.set.images[rows] * method.set.std + method.set.mean
+        texts, mask = method.set.text(rows)
+        here = {n: t.detach().requires_grad_() for n, t in theta.items()} if detached else theta
+        z_image, z_text = torch.func.functional_call(method.model, here, (images, texts, mask))
+        similarity = method.similarity.matrix()[rows][:, rows]
+        loss = loss_of(config.loss, z_image, z_text, similarity)
+        found = torch.autograd.grad(loss, list(here.values()), create_graph=True)
+        for (name, value), gradient in zip(here.items(), found, strict=True):
+            step = rates[name.split(".")[0]] * gradient
+            moved[name] = moved[name] + step
+            theta[name] = value - step
+    groups = {n: n.split(".")[0] for n in names}
+    if config.distance == "branch":
+        groups = {n: part.split("_")[0] for n, part in groups.items()}
+    outer = torch.zeros((), dtype=torch.float64)
+    for group in dict.fromkeys(groups.values()):
+        members = [n for n in names if groups[n] == group]
+        apart = sum(((start[n] - moved[n] - target[n]) ** 2).sum() for n in members)
+        outer = outer + apart / sum(((start[n] - target[n]) ** 2).sum() for n in members)
+    learned = method.learnables()
+    values = torch.autograd.grad(
+        outer, list(learned.values()), materialize_grads=True, allow_unused=True
+    )
+    return dict(zip(learned, values, strict=True))
+
+
+def assert_parallel(found: dict[str, Tensor], wanted: dict[str, Tensor], rel: float) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert value.norm() > 0, name
+        assert float((found[name] - value).norm() / value.norm()) < rel, name
+
+
+CASES = [
+    ("mtt", "image+text_head", "scenes-tiny", {}),
+    ("mtt", "both", "scenes-tiny", {}),
+    ("mtt", "both", "resnet-bert", {"student_lr_image": 0.003}),
+    ("mtt", "heads", "scenes-tiny", {}),
+    ("mtt", "image+text_head", "scenes-tiny", {"distance": "part", "log_rates": True}),
+    ("lors", "image+text_head", "scenes-tiny", {"rank": 2}),
+    ("lors", "image+text_head", "scenes-tiny", {"similarity": "full", "loss": "ence"}),
+    ("lors", "both", "scenes-tiny", {"similarity": "full", "loss": "bce"}),
+]
+IDS = [f"{m}-{p}-{model}-{'-'.join(map(str, c.values()))}" for m, p, model, c in CASES]
+
+
+@pytest.mark.parametrize(("method", "protocol", "model", "changes"), CASES, ids=IDS)
+def test_the_full_gradient(
+    make: Make, method: str, protocol: Protocol, model: str, changes: dict[str, Any]
+) -> None:
+    """One graph, and step by step with either exact engine: all equal the reference."""
+    settings = {"gradient": "full", "engine": "unroll"} | changes
+    first = in_double(make(method, protocol, model, **settings))
+    soften(first)
+    wanted = reference(first, 1, detached=False)
+    assert_parallel(gradients(first, 1), wanted, 1e-9)
+    for engine in STEPWISE:
+        other = in_double(make(method, protocol, model, **{**settings, "engine": engine}))
+        soften(other)
+        assert_parallel(gradients(other, 1), wanted, 1e-9)
+
+
+@pytest.mark.parametrize(("method", "protocol", "model", "changes"), CASES, ids=IDS)
+def test_teslas_gradient(
+    make: Make, method: str, protocol: Protocol, model: str, changes: dict[str, Any]
+) -> None:
+    """Two passes equal the gradient of the unrolled student whose parameters are detached."""
+    settings = {"gradient": "detached", "engine": "double-backward"} | changes
+    first = in_double(make(method, protocol, model, **settings))
+    soften(first)
+    wanted = reference(first, 1, detached=True)
+    assert_parallel(gradients(first, 1), wanted, 1e-9)
+    over = in_double(
+        make(method, protocol, model, **{**settings, "engine": "forward-over-reverse"})
+    )
+    soften(over)
+    assert_parallel(gradients(over, 1), wanted, 1e-9)
+
+
+def test_the_two_gradients_differ(make: Make) -> None:
+    """Or the tests above could not tell them apart."""
+    full = gradients(in_double(make("mtt", syn_steps=4)))
+    detached = gradients(in_double(make("tesla", syn_steps=4)))
+    for name in ("images", "texts"):
+        apart = (full[name] - detached[name]).norm() / full[name].norm()
+        assert apart > 1e-3
+
+
+def test_with_one_step_they_agree(make: Make) -> None:
+    full = gradients(in_double(make("mtt", syn_steps=1)))
+    detached = gradients(in_double(make("tesla", syn_steps=1)))
+    assert_parallel(detached, full, 1e-10)
+
+
+def test_the_image_gradient_against_a_difference_quotient(make: Make) -> None:
+    """Nothing but values of the matching loss."""
+    method = in_double(make("mtt", engine="forward-over-reverse"))
+    found = gradients(method)["images"]
+    way = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        values = []
+        for shift in (1e-5, -2e-5):
+            method.set.images += shift * way
+            with torch.enable_grad():
+                values.append(method.backward(0)["loss"])
+    expected = (values[0] - values[1]) / 2e-5
+    assert float((found * way).sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_finite_differences_report_their_error(make: Make) -> None:
+    exact = gradients(make("lors", loss="ence"))
+    method = make("lors", loss="ence", engine="finite-difference", error_every=2)
+    found = gradients(method)
+    reported = method.backward(0)["relative_error"]
+    assert 1e-7 < reported < 1e-2
+    apart = (found["images"] - exact["images"]).norm() / exact["images"].norm()
+    assert float(apart) < 20 * reported
+    method.after_step(0)
+    assert method.backward(1)["relative_error"] == reported  # of the last measurement
+    assert method.backward(2)["relative_error"] != reported
+
+
+# -- LoRS ------------------------------------------------------------------------------------------
+
+
+def test_lors_starts_as_tesla(make: Make) -> None:
+    """S̃ = I: with eNCE the first iteration is TESLA's with InfoNCE, to the bit."""
+    plain, soft = make("tesla"), make("lors", loss="ence")
+    a, b = gradients(plain), gradients(soft)
+    for name in ("images", "texts", "rates"):
+        assert torch.equal(a[name], b[name]), name
+    assert b["similarity.omega"].abs().max() > 0
+    assert b["similarity.right"].abs().max() > 0
+    assert b["similarity.left"].abs().max() == 0  # R is zero
+
+
+def test_what_is_learned(make: Make) -> None:
+    similarity = {"similarity.omega", "similarity.left", "similarity.right"}
+    names: dict[tuple[str, ...], set[str]] = {
+        (): {"images", "texts", "rates", *similarity},
+        ("learn_residual",): {"images", "texts", "rates", "similarity.omega"},
+        ("learn_residual", "learn_omega"): {"images", "texts", "rates"},
+        ("learn_images",): {"texts", "rates", *similarity},
+        ("learn_texts", "learn_rates"): {"images", *similarity},
+    }
+    for off, wanted in names.items():
+        method = make("lors", **SMALL_STEPS, **dict.fromkeys(off, False))
+        assert set(method.learnables()) == wanted
+        before = {n: p.detach().clone() for n, p, _ in method._learned()}
+        distill(method, 2, progress=False)
+        changed = {n for n, p, _ in method._learned() if not torch.equal(p, before[n])}
+        assert changed == wanted
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        make("tesla", learn_images=False, learn_texts=False, learn_rates=False)
+
+
+def test_a_copied_similarity_is_that_of_the_first_expert(make: Make) -> None:
+    method = make("lors", similarity="copied")
+    model = deepcopy(method.model).eval()
+    own = trained_parameters(model, "image+text_head")
+    flat, position = method.experts.read(0, 3), 0
+    with torch.no_grad():
+        for name in method.layout.names:
+            size = own[name].numel()
+            own[name].copy_(flat[position : position + size].view_as(own[name]))
+            position += size
+        start = method.context.start
+        expected = model.embed_images(start.images) @ model.embed_texts(start.texts).T
+    torch.testing.assert_close(method.similarity.matrix(), expected, rtol=1e-4, atol=1e-5)
+    assert not any(name.startswith("similarity") for name in method.learnables())
+    kept = method.export().similarity
+    assert isinstance(kept, FullSimilarity)
+    assert torch.equal(kept.matrix(), method.similarity.matrix())
+
+
+def test_the_noise_of_a_low_rank_start_is_the_seeds(make: Make) -> None:
+    first, again, other = (make("lors", seed=seed).similarity for seed in (0, 0, 1))
+    assert isinstance(first, LowRankSimilarity)
+    assert torch.equal(first.left, again.left)
+    assert not torch.equal(first.left, other.left)
+    assert torch.equal(first.matrix(), torch.eye(6))
+
+
+def test_what_comes_out(make: Make, tmp_path: Path) -> None:
+    method = make("lors", rank=2, optimizer="adam", lr_similarity=0.1)
+    distilled, _ = distill(method, 3, progress=False)
+    path = tmp_path / "set.safetensors"
+    distilled.save(path)
+    loaded = SyntheticPairs.load(path)
+    assert isinstance(loaded.similarity, LowRankSimilarity)
+    assert torch.equal(loaded.similarity.matrix(), method.similarity.matrix())
+    assert loaded.learning_rates == pytest.approx(
+        dict(
+            zip(("image_encoder", "image_head", "text_head"), method.rates().tolist(), strict=True)
+        )
+    )
+    assert loaded.metadata["method"] == "lors"
+    before = loaded.similarity.matrix().clone()
+    distill(method, 2, progress=False)
+    assert torch.equal(distilled.similarity.matrix(), before)  # type: ignore[union-attr]
+
+
+# -- batches, rates, checkpoints -------------------------------------------------------------------
+
+
+def test_students_go_over_the_set_in_passes(make: Make) -> None:
+    method = make(syn_steps=6, synthetic_batch=2)
+    rows = method.batches(0)
+    assert [len(r) for r in rows] == [2] * 6
+    for half in (rows[:3], rows[3:]):
+        assert sorted(torch.cat(half).tolist()) == list(range(6))
+    assert [r.tolist() for r in rows] == [r.tolist() for r in method.batches(0)]
+    assert [r.tolist() for r in rows] != [r.tolist() for r in method.batches(1)]
+    # One pair left over has nothing to be told from: five pairs of the six per pass.
+    assert [len(r) for r in make(syn_steps=3, synthetic_batch=5).batches(0)] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("log_rates", [False, True])
+def test_rates_stay_positive(make: Make, log_rates: bool) -> None:
+    method = make(optimizer="adam", lr_rates=0.5, log_rates=log_rates)
+    assert method.rates().tolist() == pytest.approx([0.03, 0.2, 0.2])
+    before = method.rates().tolist()
+    distill(method, 3, progress=False)
+    after = method.rates().tolist()
+    assert min(after) > 0
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("method", ["mtt", "tesla", "tesla-wbce", "lors"])
+def test_matching_gets_closer(make: Make, method: str, protocol: Protocol) -> None:
+    made = make(method, protocol, max_start_epoch=0, log_rates=True, distance="part", **SMALL_STEPS)
+    made.experts.manifests = made.experts.manifests[:1]  # one trajectory, one target
+    _, progress = distill(made, 12, progress=False)
+    assert progress.history["loss"][-1] < 0.97 * progress.history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("mtt", {}),
+        ("lors", {"engine": "finite-difference", "error_every": 3}),
+        ("lors", {"loss": "ence", "engine": "forward-over-reverse", **SMALL_STEPS}),
+    ],
+)
+def test_resume_in_the_middle(
+    make: Make, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    whole, progress = distill(make(method, **changes), 7, progress=False)
+    path = tmp_path / "checkpoint.safetensors"
+    for iterations in (2, 5, 7):
+        part, resumed = distill(
+            make(method, **changes), iterations, checkpoint=path, progress=False
+        )
+    assert torch.equal(whole.images, part.images)
+    assert torch.equal(whole.texts, part.texts)
+    assert whole.learning_rates == part.learning_rates
+    if method == "lors":
+        assert whole.similarity is not None
+        assert part.similarity is not None
+        assert torch.equal(whole.similarity.matrix(), part.similarity.matrix())
+    assert resumed.history == progress.history
+
+
+def test_dropout_is_the_same_in_every_pass(make: Make) -> None:
+    """The small BERT has dropout: with other masks in the second pass the two would differ."""
+    found = [
+        gradients(make("tesla", "both", "resnet-bert", engine=engine, student_lr_image=0.003))
+        for engine in STEPWISE
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], value, rtol=1e-3, atol=1e-4 * float(value.norm())
+        )
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_refusals(make: Make, make_context: MakeContext) -> None:
+    with pytest.raises(ConfigError, match="have 3 snapshots"):
+        make(max_start_epoch=3)
+    with pytest.raises(ConfigError, match="engine 'unroll' has the full gradient"):
+        make("tesla", engine="unroll")
+    method = make()
+    alone = replace(make_context("image+text_head", pairs=1), prepared=method.experts)
+    with pytest.raises(ConfigError, match="at least two synthetic pairs, not 1"):
+        TrajectoryMatching(method.config, alone)
+    assert "student_lr" in method.hint()
+
+
+def test_independent_losses_are_the_projects(make: Make) -> None:
+    """The reference above writes the losses out; here they meet the project's own."""
+    from mmdd.losses import contrastive_loss
+
+    generator = torch.Generator().manual_seed(0)
+    z = [F.normalize(torch.randn(5, 4, generator=generator).double(), dim=1) for _ in range(2)]
+    similarity = torch.eye(5).double() + 0.1 * torch.rand(5, 5, generator=generator).double()
+    for name in ("info_nce", "ence", "bce", "wbce"):
+        mine = contrastive_loss(name, z[0], z[1], 0.07, similarity)  # type: ignore[arg-type]
+        assert mine.item() == pytest.approx(loss_of(name, z[0], z[1], similarity).item(), rel=1e-10)
