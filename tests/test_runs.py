@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,36 @@ def test_sets_are_reused_when_only_the_evaluation_differs(results: Path, tmp_pat
     # The shortcut gives what the long way gives.
     direct = run(other, tmp_path / "direct")
     assert direct["students"][0]["test"] == found["students"][0]["test"]
+
+
+def test_points_that_share_a_set_make_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers of a sweep at the same time: the second waits for the first one's set."""
+    made = []
+    plain = runs.distill_run
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        made.append(threading.current_thread().name)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(runs, "distill_run", noted)
+    records: list[dict[str, Any]] = []
+    workers = [
+        threading.Thread(
+            target=lambda epochs=epochs: records.append(
+                run(make(evaluation={"students": 1, "epochs": epochs}), tmp_path)
+            )
+        )
+        for epochs in (1, 2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(made) == 1
+    assert len({record["run_id"] for record in records}) == 2
+    assert records[0]["cost"] == records[1]["cost"]
 
 
 @pytest.mark.parametrize("key", ["source_hash", "dataset_fingerprint"])
