@@ -6,6 +6,12 @@ from pydantic import BaseModel
 
 from mmdd.distill.covmatch import CovMatch, CovMatchConfig
 from mmdd.distill.loop import Context, Distiller, Progress, distill
+from mmdd.distill.matching import (
+    DistributionMatching,
+    DistributionMatchingConfig,
+    GradientMatching,
+    GradientMatchingConfig,
+)
 from mmdd.distill.trajectory import (
     Lors,
     LorsConfig,
@@ -30,6 +36,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "dc": Method(GradientMatchingConfig, GradientMatching),
+    "dm": Method(DistributionMatchingConfig, DistributionMatching),
     "mtt": Method(TrajectoryConfig, TrajectoryMatching),
     "tesla": Method(TeslaConfig, Tesla),
     "tesla-wbce": Method(TeslaWbceConfig, TeslaWbce),
@@ -43,7 +51,19 @@ __all__ = [
     "CovMatch",
     "CovMatchConfig",
     "Distiller",
+    "DistributionMatching",
+    "DistributionMatchingConfig",
+    "GradientMatching",
+    "GradientMatchingConfig",
+    "Lors",
+    "LorsConfig",
     "Method",
     "Progress",
+    "Tesla",
+    "TeslaConfig",
+    "TeslaWbce",
+    "TeslaWbceConfig",
+    "TrajectoryConfig",
+    "TrajectoryMatching",
     "distill",
 ]
