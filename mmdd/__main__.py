@@ -1,4 +1,4 @@
-"""The command line: `mmdd prepare | run | evaluate | sweep | doctor`."""
+"""The command line: `mmdd prepare | run | evaluate | sweep | experts | doctor`."""
 
 import json
 import shutil
@@ -115,6 +115,37 @@ def sweep(
     if pack and any(store.working_folder(points[0].sweep).glob("*.json")):
         typer.echo(f"packed into {store.pack(points[0].sweep)}")
     raise typer.Exit(code=1 if failed else 0)
+
+
+@app.command()
+def experts(
+    method: Annotated[str, typer.Option(help="A method that follows experts.")] = "mtt",
+    protocol: str = "image+text_head",
+    preset: Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper.")] = "small",
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
+    cluster: Annotated[str | None, typer.Option(help="A Dask scheduler, tcp://host:port.")] = None,
+    data: Data = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="such as settings.experts.count=20")
+    ] = None,
+) -> None:
+    """Train the experts of a run ahead of it, several at a time."""
+    from mmdd.expert_jobs import train_all
+    from mmdd.presets import merge
+    from mmdd.presets import preset as make
+    from mmdd.sweep import nest
+
+    wishes = merge(
+        {"method": method, "protocol": protocol},
+        nest(dict(_assignment(text) for text in override or [])),
+    )
+    if data is not None:
+        wishes.setdefault("runtime", {})["data"] = str(data)
+    buffer = train_all(make(preset, **wishes), jobs, cluster)
+    typer.echo(
+        f"{len(buffer)} experts, {buffer.snapshots + 1} snapshots each, {buffer.seconds:.0f} s, "
+        f"{buffer.num_bytes / 1e6:.1f} MB in {buffer.folder}"
+    )
 
 
 @app.command()
