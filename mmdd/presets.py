@@ -29,12 +29,46 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
 # What CovMatch's tuned settings share: Adam on L2-normalised features, the paper's λ.
 _COVMATCH = {"lambda_": 0.1, "normalize": True, "optimizer": "adam", "lr_image": 0.01}
 
+# What the trajectory methods share on Scenes: Adam, learned rates in log space, short experts with a
+# snapshot every ten steps, and a distance for each part of the model, as the parts move unequally.
+_TRAJECTORY: dict[str, Any] = {
+    "iterations": 120,
+    "expert_epochs": 1,
+    "max_start_epoch": 4,
+    "syn_steps": 5,
+    "synthetic_batch": 50,
+    "distance": "part",
+    "optimizer": "adam",
+    "lr_image": 0.03,
+    "lr_text": 0.1,
+    "lr_rates": 0.03,
+    "log_rates": True,
+    "student_lr_image": 0.01,
+    "student_lr_text": 0.01,
+    "student_lr_heads": 0.1,
+    "experts": {
+        "count": 8,
+        "epochs": 1,
+        "snapshot_every": 10,
+        "batch_size": 64,
+        "lr_image": 0.01,
+        "lr_text": 0.01,
+    },
+}
+_MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
+
 # By (method, encoder pair, protocol).
 TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("covmatch", "scenes-tiny", "both"): _COVMATCH
     | {"iterations": 300, "rho": 1.5, "lr_text": 0.002},
     ("covmatch", "scenes-tiny", "image+text_head"): _COVMATCH
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03},
+    ("mtt", "scenes-tiny", "image+text_head"): _TRAJECTORY,
+    ("tesla", "scenes-tiny", "image+text_head"): _TRAJECTORY,
+    ("tesla-wbce", "scenes-tiny", "image+text_head"): _TRAJECTORY,
+    ("lors", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("dc", "scenes-tiny", "image+text_head"): _MATCHING,
+    ("dm", "scenes-tiny", "image+text_head"): _MATCHING,
     # On photos one trial was looked at, and none under `both`: starting values, not a search.
     ("covmatch", "cifar-minilm", "image+text_head"): _COVMATCH
     | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 64},
