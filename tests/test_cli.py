@@ -57,7 +57,7 @@ def test_the_command_in_a_process_of_its_own() -> None:
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("prepare", "run", "evaluate", "sweep", "doctor"):
+    for command in ("prepare", "run", "evaluate", "sweep", "experts", "doctor"):
         assert command in result.output
 
 
@@ -200,3 +200,16 @@ def test_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert (code, out) == (0, "")
     assert (results / "one.jsonl").read_text() == packed
     assert not (results / "two.jsonl").exists()
+
+
+def test_experts(call: Call, tmp_path: Path) -> None:
+    words = [w for w in SMALL if w not in ("--pairs", "6")]
+    words = words[: words.index("evaluation={students: 2, epochs: 2, scores: 1}") - 1]
+    settings = "settings.experts={count: 2, epochs: 1, snapshot_every: 1}"
+    where = f"runtime.experts={tmp_path}"
+    code, out, _ = call("experts", *words, "--set", "pairs=6", "--set", settings, "--set", where)
+    assert code == 0
+    assert "2 experts, 2 snapshots each" in out
+    assert len(list(tmp_path.rglob("snapshot-*.safetensors"))) == 4
+    code, _, err = call("experts", "--method", "covmatch", *words)
+    assert (code, err) == (2, "mmdd: method 'covmatch' uses no experts.\n")
