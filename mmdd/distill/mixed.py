@@ -73,11 +73,13 @@ def _double_backward(
     curvature: bool,
 ) -> Mixed:
     theta = [t.requires_grad_() for t in theta]
-    gradient = torch.autograd.grad(loss(theta, inputs), theta, create_graph=True)
-    along = sum((g * v).sum() for g, v in zip(gradient, direction, strict=True))
-    assert isinstance(along, Tensor)
+    with DifferentiableSiLU():
+        value = loss(theta, inputs)
+    gradient = torch.autograd.grad(value, theta, create_graph=True)
     wanted = [*inputs, *theta] if curvature else inputs
-    found = torch.autograd.grad(along, wanted, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        gradient, wanted, list(direction), allow_unused=True, materialize_grads=True
+    )
     return Mixed(
         list(found[: len(inputs)]),
         list(found[len(inputs) :]) if curvature else None,
@@ -94,7 +96,7 @@ def _forward_over_reverse(
 ) -> Mixed:
     if curvature:
         theta = [t.requires_grad_() for t in theta]
-    with forward.dual_level(), _DifferentiableSiLU():
+    with forward.dual_level(), DifferentiableSiLU():
         dual = [forward.make_dual(t, v) for t, v in zip(theta, direction, strict=True)]
         wanted = [*inputs, *dual] if curvature else inputs
         first = torch.autograd.grad(
@@ -110,8 +112,11 @@ def _forward_over_reverse(
     return Mixed(tangents[:count], tangents[count:], [part.primal for part in parts[count:]])
 
 
-class _DifferentiableSiLU(TorchFunctionMode):
-    """SiLU as x·σ(x): torch's own has no forward-mode derivative of its backward."""
+class DifferentiableSiLU(TorchFunctionMode):
+    """SiLU whose backward has derivatives of its own, forward and reverse, that keep little.
+
+    torch's own lacks the forward one, and writes the reverse one out in many small steps.
+    """
 
     def __torch_function__(
         self,
@@ -121,9 +126,57 @@ class _DifferentiableSiLU(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is F.silu:
-            x = args[0] if args else (kwargs or {})["input"]
-            return x * torch.sigmoid(x)
+            return _SiLU.apply(args[0] if args else (kwargs or {})["input"])
         return func(*args, **(kwargs or {}))
+
+
+class _SiLU(torch.autograd.Function):
+    """s(x) = x σ(x); all derivatives are computed from x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _SiLUBackward.apply(gradients[0], *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        return _silu_backward(tangents[0], *ctx.saved_tensors)
+
+
+class _SiLUBackward(torch.autograd.Function):
+    """g s'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.save_for_forward(g, x)
+        return _silu_backward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        g, x = ctx.saved_tensors
+        return _silu_backward(gradients[0], x), _silu_curved(x, g, gradients[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        g, x = ctx.saved_tensors
+        return _silu_curved(x, g, tangents[1]).add_(_silu_backward(tangents[0], x))
+
+
+def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(g, x)
+
+
+def _silu_curved(x: Tensor, g: Tensor, h: Tensor) -> Tensor:
+    """g h s''(x), where s'' = σ (1 - σ) (2 + x (1 - 2 σ))."""
+    sigma = torch.sigmoid(x)
+    slope = sigma.addcmul(sigma, sigma, value=-1)
+    return sigma.mul_(-2).add_(1).mul_(x).add_(2).mul_(slope).mul_(g).mul_(h)
 
 
 def _finite_difference(

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmdd import losses
 from mmdd.distill.learnable import LearnablePairs
 from mmdd.distill.loop import Context, Distiller
-from mmdd.distill.mixed import Engine, mixed_derivative
+from mmdd.distill.mixed import DifferentiableSiLU, Engine, mixed_derivative
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, prepare_experts, seeded_dropout
 from mmdd.protocols import component_rates, freeze_all_but
@@ -267,7 +267,8 @@ class TrajectoryMatching(Distiller):
 
     def _inputs(self, rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
         texts, mask = self.set.text(rows)
-        return [self.set.pixels(rows), texts, self.similarity.matrix(rows)], mask
+        images = self.set.pixels(rows).contiguous(memory_format=torch.channels_last)
+        return [images, texts, self.similarity.matrix(rows)], mask
 
     def _distance(
         self, student: Sequence[Tensor], target: Sequence[Tensor], start: Sequence[Tensor]
@@ -293,7 +294,8 @@ class TrajectoryMatching(Distiller):
         theta = [t.detach().requires_grad_() for t in start]
         for i, rows in enumerate(self.batches(iteration)):
             inputs, mask = self._inputs(rows)
-            loss = self.step_loss(theta, inputs, mask, [self.seed, iteration, i])
+            with DifferentiableSiLU():
+                loss = self.step_loss(theta, inputs, mask, [self.seed, iteration, i])
             gradient = torch.autograd.grad(loss, theta, create_graph=True)
             theta = [t - r * g for t, r, g in zip(theta, rates, gradient, strict=True)]
         outer = self._distance(theta, target, start)
@@ -316,36 +318,45 @@ class TrajectoryMatching(Distiller):
             for t, g in zip(total, gradient, strict=True):
                 t += g
             theta = [t - r * g for t, r, g in zip(theta, eta, gradient, strict=True)]
-            if keep:
+            del gradient
+            if full or (keep and i + 1 < len(batches)):
                 path.append(theta)
-        end = [t.detach().requires_grad_() for t in theta]
-        outer = self._distance(end, target, start)
-        adjoint = list(torch.autograd.grad(outer, end))
+        distance, adjoint = self._adjoint(theta, target, start)
+        # θ moves by -η g: how the outcome changes with g is -η times the adjoint.
+        direction = [-r * a for r, a in zip(eta, adjoint, strict=True)]
         rate_gradient = torch.zeros_like(eta)
         if not full:
             rate_gradient = -torch.stack(
                 [(a * t).sum() for a, t in zip(adjoint, total, strict=True)]
             )
+            del adjoint  # of the size of all parameters, as is the sum
+        del total
         theta = start
         order = range(len(batches) - 1, -1, -1) if full else range(len(batches))
         for i in order:
             here = path[i] if keep else theta
             rows, key = batches[i], [self.seed, iteration, i]
-            # θ moves by -η g: how the outcome changes with g is -η times the adjoint.
-            direction = [-r * a for r, a in zip(eta, adjoint, strict=True)]
             found = self._mixed(here, rows, key, direction, curvature=full, step=i)
             if full:
                 moved = [a - b for a, b in zip(path[i], path[i + 1], strict=True)]  # η g
                 rate_gradient -= torch.stack(
                     [(a * m).sum() / r for a, m, r in zip(adjoint, moved, eta, strict=True)]
                 )
-                assert found is not None
                 adjoint = [a + h for a, h in zip(adjoint, found[1], strict=True)]
+                direction = [-r * a for r, a in zip(eta, adjoint, strict=True)]
             elif not keep:
                 theta = [t - r * g for t, r, g in zip(theta, eta, found[1], strict=True)]
         if rates.requires_grad:
             rates.backward(rate_gradient)
-        return outer.item()
+        return distance
+
+    def _adjoint(
+        self, end: list[Tensor], target: list[Tensor], start: list[Tensor]
+    ) -> tuple[float, list[Tensor]]:
+        """The distance, and its gradient with respect to where the student ended."""
+        end = [t.detach().requires_grad_() for t in end]
+        outer = self._distance(end, target, start)
+        return outer.item(), list(torch.autograd.grad(outer, end))
 
     def _gradient(self, theta: list[Tensor], rows: Tensor, key: list[int]) -> list[Tensor]:
         theta = [t.detach().requires_grad_() for t in theta]
