@@ -303,7 +303,7 @@ class TrajectoryMatching(Distiller):
         return outer.item()
 
     def _step_by_step(self, start: list[Tensor], target: list[Tensor], iteration: int) -> float:
-        """Either gradient without a graph over all steps: the student's path first, then back along it.
+        """Either gradient without a graph over all steps: first the path, then back along it.
 
         Double backward of the detached gradient takes the same memory for any number of steps; the
         others keep the path, one copy of the parameters per step.
