@@ -82,6 +82,15 @@ _TRAJECTORY: dict[str, Any] = {
         "lr_text": 0.01,
     },
 }
+# On photos: short students and few iterations, to fit into minutes on a CPU; nothing was tuned.
+_PHOTO_TRAJECTORY = _TRAJECTORY | {
+    "iterations": 50,
+    "max_start_epoch": 2,
+    "syn_steps": 3,
+    "synthetic_batch": 20,
+    "lr_text": 0.003,
+    "experts": _TRAJECTORY["experts"] | {"count": 4, "epochs": 2, "snapshot_every": 4},
+}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
 
 # By (method, encoder pair, protocol).
@@ -101,6 +110,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 64},
     ("covmatch", "cifar-minilm", "both"): _COVMATCH
     | {"iterations": 60, "rho": 1.5, "lr_text": 0.001, "real_batch": 64},
+    ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
 }
 
 # Students, by (encoder pair, protocol): one choice for all methods.
