@@ -103,8 +103,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("tesla", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("lors", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
-    ("dc", "scenes-tiny", "image+text_head"): _MATCHING,
-    ("dm", "scenes-tiny", "image+text_head"): _MATCHING,
+    ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1},
+    ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
     # On photos one trial was looked at, and none under `both`: starting values, not a search.
     ("covmatch", "cifar-minilm", "image+text_head"): _COVMATCH
     | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 64},
