@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from mmdd.errors import ConfigError
+from mmdd.paths import data_file
 from mmdd.published import RECALLS, published
 
 # (first word of source, dataset, pairs, method) whose printed mean contradicts the printed recalls
@@ -119,3 +120,16 @@ def test_an_unknown_value_is_refused_with_the_known_ones(filters, known):
     assert f"no {column}" in str(caught.value)
     assert known in str(caught.value)
     assert "'lors' in" not in str(caught.value), "only the unknown value is complained about"
+
+
+def test_the_ablations_of_lors_agree_with_its_main_table():
+    table = pd.read_csv(data_file("published/lors_table5.csv")).set_index("number")
+    assert list(table.index) == list(range(1, 18))
+    recalls = table[list(RECALLS)]
+    assert ((recalls >= 0) & (recalls <= 100)).all(axis=None)
+    for direction in ("IR", "TR"):
+        assert (recalls[f"{direction}@1"] < recalls[f"{direction}@5"]).all()
+        assert (recalls[f"{direction}@5"] < recalls[f"{direction}@10"]).all()
+    for number, method in ((6, "lors"), (13, "tesla-wbce")):  # without a similarity it is TESLA
+        (main,) = published("flickr30k", 200, method, source="LoRS").to_dict("records")
+        assert [main[name] for name in RECALLS] == recalls.loc[number].tolist()
