@@ -60,16 +60,11 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record.")] = False,
 ) -> None:
     """Distil (or select) a set, train students on it, score them, keep the record."""
-    from mmdd.presets import merge
     from mmdd.presets import preset as make
     from mmdd.runs import run as carry_out
-    from mmdd.sweep import nest
 
     options = {"method": method, "pairs": pairs, "protocol": protocol, "seed": seed, "sweep": sweep}
-    wishes = merge(options, nest(dict(_assignment(text) for text in override or [])))
-    if data is not None:
-        wishes.setdefault("runtime", {})["data"] = str(data)
-    record = carry_out(make(preset, **wishes), results)
+    record = carry_out(make(preset, **_wishes(options, override, data)), results)
     typer.echo(json.dumps(record, indent=1) if as_json else _summary(record))
 
 
@@ -131,16 +126,9 @@ def experts(
 ) -> None:
     """Train the experts of a run ahead of it, several at a time."""
     from mmdd.expert_jobs import train_all
-    from mmdd.presets import merge
     from mmdd.presets import preset as make
-    from mmdd.sweep import nest
 
-    wishes = merge(
-        {"method": method, "protocol": protocol},
-        nest(dict(_assignment(text) for text in override or [])),
-    )
-    if data is not None:
-        wishes.setdefault("runtime", {})["data"] = str(data)
+    wishes = _wishes({"method": method, "protocol": protocol}, override, data)
     buffer = train_all(make(preset, **wishes), jobs, cluster)
     typer.echo(
         f"{len(buffer)} experts, {buffer.snapshots + 1} snapshots each, {buffer.seconds:.0f} s, "
@@ -154,6 +142,19 @@ def doctor() -> None:
     from mmdd.doctor import report
 
     typer.echo(report())
+
+
+def _wishes(
+    options: dict[str, Any], override: list[str] | None, data: Path | None
+) -> dict[str, Any]:
+    """What was asked for on the command line: `--set` wins over options, `--data` over both."""
+    from mmdd.presets import merge
+    from mmdd.sweep import nest
+
+    wishes = merge(options, nest(dict(_assignment(text) for text in override or [])))
+    if data is not None:
+        wishes.setdefault("runtime", {})["data"] = str(data)
+    return wishes
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -47,6 +47,20 @@ def comparison(
     return whole.astype({"seeds": "Int64", "students": "Int64"})  # integers that may be missing
 
 
+def by_loss(results: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with LoRS named after its loss, in the budget that it is compared in.
+
+    `method` becomes "lors-wbce", "lors-ence" …; LoRS gives up one pair for its similarity, so its
+    99 pairs stand beside the 100 of the others. Book: notebooks/06_lors.
+    """
+    lors = results["method"].eq("lors")
+    loss = results["config"].map(lambda config: (config.get("settings") or {}).get("loss", ""))
+    return results.assign(
+        method=results["method"].where(~lors, "lors-" + loss),
+        pairs=results["pairs"].where(~lors, results["pairs"] + 1),
+    )
+
+
 def _has(table: pd.DataFrame, method: str) -> bool:
     return method in table.index.get_level_values("method")
 

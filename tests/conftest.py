@@ -3,11 +3,16 @@
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # For this process only: in the environment it would also keep kernels from showing their figures.
 matplotlib.use("Agg")
@@ -24,6 +29,54 @@ def throw_away_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMDD_CACHE", str(tmp_path_factory.mktemp("mmdd-cache")))
         yield
+
+
+# What follows a script that defines `job(*words)`: for every line it reads, the job in a process of
+# its own, which can be shot. Importing torch once saves ten seconds each.
+_FORK = """
+import os
+import sys
+
+import torch
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        job(*line.split())
+        os._exit(0)
+    print("pid", child, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forking(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """forking(script): a process that reads lines of words and forks `job(*words)` for each.
+
+    It prints "pid <child>" and, when the child is gone, "ended <exit code>"; what the job prints
+    comes in between.
+    """
+    servers: list[subprocess.Popen[str]] = []
+
+    def start(script: str) -> subprocess.Popen[str]:
+        path = tmp_path_factory.mktemp("forking") / "server.py"
+        path.write_text(script + _FORK)
+        server = subprocess.Popen(
+            [sys.executable, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.communicate()
 
 
 def _leaves_this_machine(family: int, kind: int, address: Any) -> bool:

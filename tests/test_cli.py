@@ -13,11 +13,14 @@ import yaml
 from typer.testing import CliRunner
 
 from mmdd import __main__ as cli
+from mmdd.distill import METHODS
 from mmdd.presets import preset
 from mmdd.runs import set_path
+from mmdd.selection import SELECTORS
 from mmdd.store import ResultsStore
 
 ROOT = Path(__file__).parents[1]
+KNOWN = ", ".join([*METHODS, *SELECTORS, "full"])
 SMALL = (
     *("--preset", "tiny", "--set", "dataset={train: 40, val: 20, test: 20}"),
     *("--set", "model.dim=12", "--set", "runtime.progress=false"),
@@ -121,7 +124,7 @@ def test_set_wins_over_options(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["run", "--method", "covmach"], "method 'covmach' is unknown; known: "),
+        (["run", "--method", "covmach"], f"method 'covmach' is unknown; known: {KNOWN}"),
         (["run", "--preset", "huge"], "unknown preset 'huge'"),
         (["run", "--pairs", "0"], "pairs: Input should be greater"),
         (["run", "--set", "evaluation.epoch=3", "--set", "pears=1"], "pears: Extra"),

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mmdd.errors import ConfigError
-from mmdd.tables import comparison
+from mmdd.tables import by_loss, comparison
 
 
 def rows(method, pairs, means, *, seed=0, settings=None, protocol="both", run_id="r", best=1.0):
@@ -78,3 +78,18 @@ def test_different_settings_are_never_averaged(results):
 def test_nothing_found_says_what_was_looked_for(results):
     with pytest.raises(ConfigError, match="'photos' under 'both'"):
         comparison(results, "photos", "both")
+
+
+def test_lors_is_named_by_its_loss_in_the_budget_it_is_compared_in(results):
+    lors = pd.DataFrame(
+        rows("lors", 49, [40.0], settings={"loss": "wbce"})
+        + rows("lors", 49, [44.0], settings={"loss": "ence"})
+        + rows("tesla", 50, [43.0], settings={"loss": "info_nce"})
+    )
+    table = comparison(by_loss(pd.concat([results, lors])), "scenes", "both")
+
+    assert table.loc[(50, "lors-wbce"), "recall"] == 40.0
+    assert table.loc[(50, "lors-ence"), "× random"] == pytest.approx(44.0 / 9.0)
+    assert table.loc[(50, "tesla"), "recall"] == 43.0  # the others keep name and budget
+    assert table.loc[(50, "covmatch"), "recall"] == 31.5
+    assert set(lors["method"]) == {"lors", "tesla"}  # the caller's rows are as they were

@@ -4,10 +4,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.synthetic import SyntheticPairs
 
 MakeContext = Callable[..., Context]
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {
     "iterations": 12,
     "real_batch": 8,
@@ -46,12 +44,9 @@ def assert_same_bits(a: SyntheticPairs, b: SyntheticPairs) -> None:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-# Distils in a process of its own for every line it reads (a folder and an optimiser), and tells of
-# every iteration, so that the process can be shot. Importing torch once saves ten seconds each.
+# Distils into a folder with an optimiser, and tells of every iteration.
 SCRIPT = textwrap.dedent(
     """
-    import os
-    import sys
     from pathlib import Path
 
     import torch
@@ -67,7 +62,8 @@ SCRIPT = textwrap.dedent(
     model = build_model(ModelConfig(dim=12))
 
 
-    def distil(folder, optimizer):
+    def job(folder, optimizer):
+        folder = Path(folder)
         images, choice = select("random", scenes, 6, 0)
         start = real_pairs(scenes, images, choice, model, "both")
         real = RealBatches(scenes, "train", model, "both", torch.device("cpu"))
@@ -82,34 +78,13 @@ SCRIPT = textwrap.dedent(
         )
         assert progress.iterations == 40 and len(progress.history["loss"]) == 40
         result.save(folder / "set.safetensors")
-
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        folder, optimizer = line.split()
-        child = os.fork()
-        if child == 0:
-            distil(Path(folder), optimizer)
-            os._exit(0)
-        print("pid", child, flush=True)
-        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    script = tmp_path_factory.mktemp("runner") / "distil.py"
-    script.write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    yield process
-    process.communicate()
+def runner(forking: Callable[[str], subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    return forking(SCRIPT)
 
 
 def shoot(
