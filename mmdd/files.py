@@ -6,7 +6,9 @@ Nothing here unpickles: nested states are split into safetensors and a JSON head
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from mmdd.errors import ArtefactError
 
 _FORMAT_KEY = "mmdd"
+_ABANDONED_SECONDS = 3600.0
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,19 +30,22 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     After a kill at any moment `path` holds its old content or its new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    # A folder, as writers such as safetensors put temporary files of their own beside the file.
+    # What a kill leaves of it goes with a later write, when nobody can be at it any more.
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".part"
+    ) as folder:
+        temporary = Path(folder) / path.name
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp made it private; give it the usual rights
+        temporary.chmod(0o666 & ~umask)  # safetensors makes it private; give it the usual rights
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

@@ -139,6 +139,13 @@ def test_a_kill_in_the_middle_of_a_write_keeps_the_old_file(tmp_path: Path) -> N
     assert left[0].startswith(".file.")
     assert left[0].endswith(".part")
 
+    atomic_write_text(path, "new")  # an hour must pass before it is known that nobody writes there
+    assert sorted(os.listdir(tmp_path)) == left
+    long_ago = time.time() - 7_200
+    os.utime(tmp_path / left[0], (long_ago, long_ago))
+    atomic_write_text(path, "newer")
+    assert os.listdir(tmp_path) == ["file"]
+
 
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
