@@ -9,6 +9,7 @@ from mmdd.errors import StoreError
 from mmdd.files import atomic_write_text
 
 SCHEMA = 1
+_SWEEPS = "[!.]*"  # hidden folders belong to files that are being written, and come and go
 
 
 class ResultsStore:
@@ -22,7 +23,7 @@ class ResultsStore:
 
     def find(self, run_id: str) -> dict[str, Any] | None:
         """The finished record of a run, from whichever sweep has it, or None."""
-        for path in sorted(self.folder.glob(f"*/{run_id}.json")):
+        for path in sorted(self.folder.glob(f"{_SWEEPS}/{run_id}.json")):
             return _read(path)
         for path in sorted(self.folder.glob("*.jsonl")):
             # Parsing a line costs more than looking for the id in it first.
@@ -34,7 +35,7 @@ class ResultsStore:
     def records(self) -> Iterator[dict[str, Any]]:
         """Every finished record once; an unpacked one goes before its packed copy."""
         seen: set[str] = set()
-        for path in sorted(self.folder.glob("*/*.json")):
+        for path in sorted(self.folder.glob(f"{_SWEEPS}/*.json")):
             record = _read(path)
             if record["run_id"] not in seen:
                 seen.add(record["run_id"])
