@@ -93,16 +93,20 @@ def sweep(
     data: Data = None,
     results: Results = Path("results"),
     pack: Annotated[bool, typer.Option(help="Pack the records into one file at the end.")] = True,
+    redo_stale: Annotated[
+        bool, typer.Option("--redo-stale", help="Run points again whose record older code made.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Run no more points than this.")] = None,
 ) -> None:
     """Run every point of a grid that has no record yet, through papermill."""
     from mmdd.store import ResultsStore
     from mmdd.sweep import load_sweep, run_sweep
 
-    runtime: dict[str, Any] = {"threads": 1}
+    runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
     if data is not None:
         runtime["data"] = str(data.resolve())
     points = load_sweep(file, runtime)
-    failed = run_sweep(points, results, jobs=jobs)
+    failed = run_sweep(points, results, jobs=jobs, limit=limit)
     for run_id, error in failed.items():
         typer.echo(f"\nFAILED {run_id}:\n{error}", err=True)
     store = ResultsStore(results)

@@ -132,6 +132,12 @@ class RealBatches:
             yield self.take(images, choice)
 
 
+def steps_per_epoch(pairs: int, batch_size: int) -> int:
+    """Batches of an epoch; a last one of one pair is skipped, as it has nothing to be told from."""
+    full, rest = divmod(pairs, batch_size)
+    return full + (rest >= 2)
+
+
 class SetBatches:
     """Seeded epochs over a distilled set that lies on the device as a whole."""
 

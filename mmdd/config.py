@@ -4,16 +4,25 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from mmdd.distill import METHODS, Method
 from mmdd.distill.loop import Precision
-from mmdd.encoders import ModelConfig, weights_identity
+from mmdd.encoders import ModelConfig, resolve_pair, weights_identity
+from mmdd.encoders.scenes import scenes_module
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
 from mmdd.protocols import Protocol
 from mmdd.provenance import source_hash
-from mmdd.selection import SELECTORS
+from mmdd.selection import SELECTORS, SelectionConfig
+from mmdd.selection.noise import noise_like
 
 
 class DatasetConfig(BaseModel):
@@ -41,7 +50,7 @@ class RuntimeConfig(BaseModel):
 
     device: "auto" takes a GPU if there is one. data: folder of the dataset's files. experts: folder
     of the expert buffers that runs share, by default in the cache. checkpoint_every: iterations
-    between checkpoints.
+    between checkpoints. redo_stale: a finished record that other code made counts as missing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,17 +62,21 @@ class RuntimeConfig(BaseModel):
     checkpoint_every: int = Field(default=50, ge=1)
     progress: bool = True
     on_error: Literal["raise", "drop"] = "raise"
+    redo_stale: bool = False
 
 
 class RunConfig(BaseModel):
     """One run: a dataset, a model, a method at a budget, an evaluation protocol, a seed.
 
     method: a name in `mmdd.distill.METHODS`, a selection, or "full" (train on the whole train
-    split, `pairs` is ignored). init: the selection that a distillation starts from. settings: the
-    method's own configuration. sweep: the group that the record is filed under; it and `runtime`
-    are not part of the run's identity. precision: of the distillation's forward passes; bfloat16 is
-    meant for a GPU. Students are trained with the loss that the set was distilled with, where the
-    method's settings name one and `evaluation` does not. Unknown keys are refused.
+    split, `pairs` is ignored). init: the selection that a distillation starts from, or "noise".
+    settings: the method's own configuration. selection: how selections are computed, where one that
+    goes by features is the method or the start. student: encoders of the students, where they are
+    others than those of the distillation; selected real pairs then go through those. sweep: the
+    group that the record is filed under; it and `runtime` are not part of the run's identity.
+    precision: of the distillation's forward passes; bfloat16 is meant for a GPU. Students are
+    trained with the loss that the set was distilled with, where the method's settings name one and
+    `evaluation` does not. Unknown keys are refused.
 
     Book: notebooks/run.
     """
@@ -78,7 +91,9 @@ class RunConfig(BaseModel):
     precision: Precision = "float32"
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
+    student: ModelConfig | None = None
     settings: SerializeAsAny[BaseModel] | None = None
+    selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runtime: RuntimeConfig = RuntimeConfig()
@@ -93,8 +108,9 @@ class RunConfig(BaseModel):
         known = [*METHODS, *SELECTORS, "full"]
         if method not in known:
             raise ValueError(f"method {method!r} is unknown; known: {', '.join(known)}")
-        if values.get("init", "random") not in SELECTORS:
-            raise ValueError(f"init {values['init']!r} is unknown; known: {', '.join(SELECTORS)}")
+        starts = [*SELECTORS, "noise"]
+        if values.get("init", "random") not in starts:
+            raise ValueError(f"init {values['init']!r} is unknown; known: {', '.join(starts)}")
         settings = values.get("settings")
         if method in METHODS:
             kind = METHODS[method].config
@@ -116,16 +132,25 @@ class RunConfig(BaseModel):
             dumped.pop("init")
         if dumped["precision"] == "float32":
             dumped.pop("precision")  # records from before there was a choice keep their ids
-        for side in ("image", "text"):
-            if dumped["model"][side] is not None:
-                weights = dumped["model"][side]["weights"]
-                dumped["model"][side]["weights"] = weights_identity(weights)
+        if self.student is None:
+            dumped.pop("student")
+        if self.method == "full" or self.selector in ("random", "noise"):
+            dumped.pop("selection")
+        for model in (dumped["model"], dumped.get("student", {})):
+            for side in ("image", "text"):
+                if model.get(side) is not None:
+                    model[side]["weights"] = weights_identity(model[side]["weights"])
         return dumped
+
+    @property
+    def selector(self) -> str:
+        """What makes the real pairs that are evaluated or that a distillation starts from."""
+        return self.init if self.method in METHODS else self.method
 
     @property
     def source_hash(self) -> str:
         """12 hex digits of the code that decides this run's result."""
-        return source_hash(*plugins(self.method, self.init))
+        return code_of(self.identity())
 
     @property
     def run_id(self) -> str:
@@ -135,7 +160,8 @@ class RunConfig(BaseModel):
     @property
     def set_id(self) -> str:
         """16 hex digits naming the set alone: runs that differ in the evaluation share it."""
-        return _digest({k: v for k, v in self.identity().items() if k != "evaluation"})
+        left_out = {"evaluation", "student"} if self.method in METHODS else {"evaluation"}
+        return _digest({k: v for k, v in self.identity().items() if k not in left_out})
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -151,18 +177,41 @@ def _with_loss(evaluation: Any, loss: str) -> Any:
     return {"loss": loss} | (evaluation or {})
 
 
-def plugins(method: str, init: str = "random") -> tuple[str, ...]:
-    """Modules that a run with this method uses beyond those that all runs share.
+def code_of(identity: dict[str, Any]) -> str:
+    """12 hex digits of the code that a run with this `RunConfig.identity` would use today.
 
-    Raises `ConfigError` for a method that this version does not know.
+    That is the code that all runs share, and the modules of the run's method, selection and
+    encoders. Raises `ConfigError` where this version lacks one of them.
     """
-    if method == "full":
-        return ()
-    if method in SELECTORS:
-        return (SELECTORS[method].__module__,)
-    if method not in METHODS or init not in SELECTORS:
-        raise ConfigError(f"no method {method!r} starting from {init!r} here.")
-    return (METHODS[method].distiller.__module__, SELECTORS[init].__module__)
+    method, start = identity["method"], identity.get("init", "random")
+    selectors = [] if method == "full" else [start if method in METHODS else method]
+    modules = [METHODS[method].distiller.__module__] if method in METHODS else []
+    for name in selectors:
+        if name == "noise":
+            modules += [noise_like.__module__, SELECTORS["random"].__module__]
+        elif name in SELECTORS:
+            modules.append(SELECTORS[name].__module__)
+        else:
+            raise ConfigError(f"no method or start {name!r} here.")
+    entries = []
+    for values in (identity["model"], identity.get("student")):
+        if values is not None:
+            pair = resolve_pair(ModelConfig.model_validate(values))
+            entries.append(pair.model_dump_json())
+            if pair.image.kind == "scenes":
+                modules.append(scenes_module("image", pair.image.name))
+            if pair.text.kind == "scenes":
+                modules.append(scenes_module("text", pair.text.name))
+    return source_hash(*modules, entries=tuple(entries))
+
+
+def is_stale(record: dict[str, Any]) -> bool:
+    """True where other code made a record than a run of it would use now."""
+    try:
+        today = code_of(record["config"])
+    except (ConfigError, ValidationError):
+        return True  # a method, or an encoder pair, that this version does not have
+    return bool(record["environment"]["source_hash"] != today)
 
 
 def method_entry(config: RunConfig) -> Method:

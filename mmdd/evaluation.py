@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmdd import losses
-from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, inference, pixels
+from mmdd.batches import (
+    Batch,
+    RealBatches,
+    SetBatches,
+    TextTable,
+    inference,
+    pixels,
+    steps_per_epoch,
+)
 from mmdd.data.pairs import PairDataset
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ConfigError, NonFiniteError
@@ -280,15 +288,10 @@ def evaluate(
             "best_epoch": best_epoch,
             "curve": [[epoch, round(scores["mean"], 4)] for epoch, scores in curve],
             "seconds": round(seconds, 3),
-            "steps": config.epochs * _steps_per_epoch(len(source), config.batch_size),
+            "steps": config.epochs * steps_per_epoch(len(source), config.batch_size),
         }
         results.append(result)
         if on_score is not None:
             on_score(result)
     bar.close()
     return results
-
-
-def _steps_per_epoch(pairs: int, batch_size: int) -> int:
-    full, rest = divmod(pairs, batch_size)
-    return full + (rest >= 2)  # a batch of one pair is skipped

@@ -9,16 +9,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from mmdd.batches import RealBatches
 from mmdd.config import RunConfig
 from mmdd.data.open import open_dataset
 from mmdd.distill.loop import Context
 from mmdd.encoders import build_model
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, buffer_folder, train_experts
-from mmdd.paths import cache_dir
 from mmdd.provenance import resolve_device
-from mmdd.runs import initial_pairs
+from mmdd.runs import experts_folder, initial_pairs, make_context
 
 
 def train_expert(config: RunConfig, number: int) -> int:
@@ -63,17 +61,9 @@ def _buffer(config: RunConfig) -> tuple[ExpertConfig, Context, Path]:
     dataset = open_dataset(config.dataset, config.runtime)
     device = resolve_device(config.runtime.device)
     model = build_model(config.model).to(device)
-    context = Context(
-        start=initial_pairs(config, dataset, model),
-        real=RealBatches(dataset, "train", model, config.protocol, device),
-        model=model,
-        protocol=config.protocol,
-        seed=config.seed,
-        precision=config.precision,
-        model_config=config.identity()["model"],
-    )
-    root = Path(config.runtime.experts) if config.runtime.experts else cache_dir() / "experts"
-    return settings, context, buffer_folder(settings, context, root)
+    start = initial_pairs(config, dataset, model)
+    context = make_context(config, dataset, model, device, start)
+    return settings, context, buffer_folder(settings, context, experts_folder(config))
 
 
 @contextmanager

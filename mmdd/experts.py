@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmdd import losses
-from mmdd.batches import Batch, RealBatches
+from mmdd.batches import Batch, RealBatches, steps_per_epoch
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.evaluation import SplitScorer
@@ -288,7 +288,7 @@ def _train(
         done = state["done"]
     else:
         _keep(folder, number, 0, layout.flatten(trained), config)
-    per_epoch = _steps(len(real), config.batch_size)
+    per_epoch = steps_per_epoch(len(real), config.batch_size)
     every = config.snapshot_every or per_epoch
     begin = time.perf_counter()
     first_epoch = done["step"] // per_epoch
@@ -328,11 +328,6 @@ def _train(
     }
     atomic_write_text(here / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     state_file.unlink(missing_ok=True)
-
-
-def _steps(pairs: int, batch_size: int) -> int:
-    full, rest = divmod(pairs, batch_size)
-    return full + (rest >= 2)
 
 
 def _batches(real: RealBatches, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:

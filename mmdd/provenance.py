@@ -15,6 +15,7 @@ _WITHOUT_EFFECT = {
     "__main__.py",
     "data/download.py",
     "doctor.py",
+    "encoders/pairs.py",  # what an entry says counts for the runs that use it: see `entries`
     "plots.py",
     "presets.py",
     "provenance.py",
@@ -32,14 +33,17 @@ _ROOT = "mmdd.runs"
 
 
 @cache
-def source_hash(*plugins: str) -> str:
+def source_hash(*plugins: str, entries: tuple[str, ...] = ()) -> str:
     """12 hex digits of the code that decides a run's result.
 
-    plugins: modules that the run uses beyond the common ones, such as "mmdd.distill.covmatch". What
+    plugins: modules that the run uses beyond the common ones, such as "mmdd.distill.covmatch".
+    entries: what the tables say that a run looks up by name, such as that of encoder pairs. What
     counts is every module that a run or a plug-in imports, directly or not, so that a new method
     leaves the records of the others fresh. Comments and docstrings do not count.
     """
     digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry}\n".encode())
     for relative, tree in sorted(_imported([_ROOT, *plugins]).items()):
         for node in ast.walk(tree):
             if (

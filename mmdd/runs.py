@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from mmdd.batches import RealBatches, real_pairs
-from mmdd.config import RunConfig, method_entry, plugins
+from mmdd.config import RunConfig, is_stale, method_entry
 from mmdd.data.open import open_dataset
 from mmdd.data.pairs import PairDataset
 from mmdd.distill import METHODS
@@ -23,9 +23,10 @@ from mmdd.encoders import DualEncoder, build_model
 from mmdd.errors import ConfigError, StoreError
 from mmdd.evaluation import evaluate
 from mmdd.paths import cache_dir
-from mmdd.provenance import environment, resolve_device, source_hash
+from mmdd.provenance import environment, resolve_device
 from mmdd.retrieval import chance_recall
-from mmdd.selection import select
+from mmdd.selection import Candidates, select
+from mmdd.selection.noise import noise_like
 from mmdd.store import SCHEMA, ResultsStore
 from mmdd.synthetic import SyntheticPairs
 
@@ -48,6 +49,9 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     found = store.find(config.run_id)
+    replaced = None
+    if found is not None and runtime.redo_stale and is_stale(found):
+        replaced, found = found, None
     if found is not None and config.dataset.reader == "scenes":
         return found
     if found is not None and runtime.data is None:
@@ -66,6 +70,11 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
 
     device = resolve_device(runtime.device)
     template = build_model(config.model).to(device)
+    students_of = template
+    if config.student is not None:
+        students_of = build_model(config.student).to(device)
+        if config.method not in METHODS:
+            template = students_of
 
     folder = store.working_folder(config.sweep)
     train_on: SyntheticPairs | PairDataset
@@ -76,7 +85,7 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
     students = evaluate(
         train_on,
         dataset,
-        student_factory(template, config.seed),
+        student_factory(students_of, config.seed),
         config.protocol,
         config.evaluation,
         device=device,
@@ -106,6 +115,8 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
     for student in students:
         for scores in ("test", "validation", "best_on_test"):
             student[scores] = _rounded(student[scores])
+    if replaced is not None:
+        record["replaced"] = _compared(replaced, record)
     store.write(record)
     return record
 
@@ -124,6 +135,19 @@ def student_factory(template: DualEncoder, seed: int) -> Callable[[int], DualEnc
     return make_model
 
 
+def _compared(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the stale one that it replaces: its code, and how far it was off."""
+    ours, theirs = (
+        {s["student_seed"]: s["test"]["mean"] for s in record["students"]} for record in (new, old)
+    )
+    off = [abs(ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    return {
+        "source_hash": old["environment"]["source_hash"],
+        "finished": old["finished"],
+        "largest_difference": round(max(off), 4) if off else None,
+    }
+
+
 def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
     # What other code began, this code does not finish.
     return folder / "checkpoints" / f"{config.set_id}-{config.source_hash}.safetensors"
@@ -134,9 +158,37 @@ def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -
 
     Book: notebooks/run.
     """
-    name = config.init if config.method in METHODS else config.method
-    images, choice = select(name, dataset, config.pairs, config.seed)
-    return real_pairs(dataset, images, choice, model, config.protocol)
+    return _initial_pairs(config, dataset, model)[0]
+
+
+def _initial_pairs(
+    config: RunConfig, dataset: PairDataset, model: DualEncoder
+) -> tuple[SyntheticPairs, float]:
+    """`initial_pairs`, and the seconds that it took, those included that the cache saved."""
+    begin = time.perf_counter()
+    noise = config.selector == "noise"
+    candidates = Candidates(
+        dataset,
+        config.seed,
+        model,
+        # A selection is evaluated with the students' encoders, and goes by them.
+        _model_identity(config),
+        config.selection,
+        config.runtime.progress,
+    )
+    name = "random" if noise else config.selector
+    images, choice = select(name, dataset, config.pairs, config.seed, candidates)
+    found = real_pairs(dataset, images, choice, model, config.protocol)
+    if noise:
+        found = noise_like(found, model, config.seed)
+    return found, candidates.saved_seconds + time.perf_counter() - begin
+
+
+def _model_identity(config: RunConfig) -> dict[str, Any]:
+    identity = config.identity()
+    if config.method not in METHODS:
+        return dict(identity.get("student", identity["model"]))
+    return dict(identity["model"])
 
 
 def _make_set(
@@ -167,9 +219,8 @@ def _make_set_alone(
         current = (config.source_hash, dataset.fingerprint)
         if (kept.metadata.get("source_hash"), kept.metadata["dataset_fingerprint"]) == current:
             return kept, kept.metadata["cost"]
-    begin = time.perf_counter()
-    result = initial_pairs(config, dataset, template)
-    cost = _no_cost() | {"init_seconds": round(time.perf_counter() - begin, 3)}
+    result, seconds = _initial_pairs(config, dataset, template)
+    cost = _no_cost() | {"init_seconds": round(seconds, 3)}
     if config.method in METHODS:
         result, progress = distill_run(config, dataset, template, device, result, folder)
         cost |= progress.prepared | {
@@ -208,22 +259,9 @@ def distill_run(
     """Only the distillation of a run: returns (set, progress). Book: notebooks/07_covmatch."""
     entry = method_entry(config)
     settings: Any = config.settings
-    model = deepcopy(template)
-    context = Context(
-        start=start,
-        real=RealBatches(dataset, "train", model, config.protocol, device),
-        model=model,
-        protocol=config.protocol,
-        seed=config.seed,
-        precision=config.precision,
-        model_config=config.identity()["model"],
-    )
-    experts = config.runtime.experts
+    context = make_context(config, dataset, deepcopy(template), device, start)
     prepared, cost = entry.distiller.prepare(
-        settings,
-        context,
-        Path(experts) if experts else cache_dir() / "experts",
-        config.runtime.progress,
+        settings, context, experts_folder(config), config.runtime.progress
     )
     method = entry.distiller(settings, replace(context, prepared=prepared))
     result, progress = distill(
@@ -238,6 +276,31 @@ def distill_run(
     )
     progress.prepared = cost
     return result, progress
+
+
+def make_context(
+    config: RunConfig,
+    dataset: PairDataset,
+    model: DualEncoder,
+    device: torch.device,
+    start: SyntheticPairs,
+) -> Context:
+    """What a run's method works with. model: becomes the method's own. Book: notebooks/run."""
+    return Context(
+        start=start,
+        real=RealBatches(dataset, "train", model, config.protocol, device),
+        model=model,
+        protocol=config.protocol,
+        seed=config.seed,
+        precision=config.precision,
+        model_config=config.identity()["model"],
+    )
+
+
+def experts_folder(config: RunConfig) -> Path:
+    """The folder of all expert buffers."""
+    experts = config.runtime.experts
+    return Path(experts) if experts else cache_dir() / "experts"
 
 
 def _no_cost() -> dict[str, Any]:
@@ -261,7 +324,9 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
 
     Columns: run_id, sweep, dataset, model, method, pairs, protocol, seed, student_seed, the six
     recalls and their mean on test after the last epoch, validation_mean, mean_best_on_test,
-    chance_mean, costs, device, `stale` (made by other code than today's) and `config` (a dict).
+    chance_mean, costs, device, `stale` (made by other code than today's), `difference` (largest, to
+    the stale record that this one replaced, in points of the mean; NaN where it replaced none) and
+    `config` (a dict). `model` is the pair of the distillation, `student_model` the students'.
     `pairs` of the full-data reference is the size of its train split. An empty store gives an
     empty table with the same columns. Raises `StoreError` naming an unreadable record.
 
@@ -275,6 +340,7 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
             "sweep": record["sweep"],
             "dataset": record["dataset"]["name"],
             "model": config["model"]["pair"],
+            "student_model": config.get("student", config["model"])["pair"],
             "method": config["method"],
             "pairs": config.get("pairs", record["dataset"]["splits"].get("train")),
             "protocol": record["protocol"],
@@ -294,7 +360,8 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
                 | {name: cost[name] for name in _no_cost()}
                 | {
                     "device": record["environment"]["device"],
-                    "stale": _is_stale(record),
+                    "stale": is_stale(record),
+                    "difference": record.get("replaced", {}).get("largest_difference"),
                     "finished": record["finished"],
                     "config": config,
                 }
@@ -303,17 +370,10 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
     return frame.sort_values(["sweep", "run_id", "student_seed"], ignore_index=True)
 
 
-def _is_stale(record: dict[str, Any]) -> bool:
-    """True where other code made the record than a run of it would use now."""
-    config = record["config"]
-    try:
-        today = source_hash(*plugins(config["method"], config.get("init", "random")))
-    except ConfigError:
-        return True  # a method that this version does not have
-    return bool(record["environment"]["source_hash"] != today)
-
-
-_RUN_COLUMNS = ("run_id", "sweep", "dataset", "model", "method", "pairs", "protocol", "seed")
+_RUN_COLUMNS = (
+    *("run_id", "sweep", "dataset", "model", "student_model"),
+    *("method", "pairs", "protocol", "seed"),
+)
 _STUDENT_COLUMNS = ("validation_mean", "mean_best_on_test", "chance_mean", "student_seconds")
 
 
@@ -326,6 +386,7 @@ def _columns() -> list[str]:
         *_no_cost(),
         "device",
         "stale",
+        "difference",
         "finished",
         "config",
     ]
@@ -364,7 +425,7 @@ def evaluate_file(path: str | Path, config: RunConfig) -> list[dict[str, Any]]:
     """
     pairs = SyntheticPairs.load(path)
     device = resolve_device(config.runtime.device)
-    template = build_model(config.model).to(device)
+    template = build_model(config.student or config.model).to(device)
     return evaluate(
         pairs,
         open_dataset(config.dataset, config.runtime),

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
-from mmdd.config import RunConfig
+from mmdd.config import RunConfig, is_stale
 from mmdd.errors import ConfigError
 from mmdd.presets import merge, preset
 from mmdd.store import ResultsStore
@@ -123,20 +123,24 @@ def run_sweep(
     *,
     notebook: str | Path = "notebooks/run.ipynb",
     jobs: int = 1,
+    limit: int | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """Run every point that the store lacks, each in a process of its own.
+
+    limit: run no more than so many, one of each method and protocol before a second of any. Points
+    with `runtime.redo_stale` whose record is stale count as lacking.
 
     Returns run id → last lines of what it printed, for the points that failed; the others are in
     the store. A failing point stops no other. Interrupting keeps finished records and checkpoints.
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
-    missing = [point for point in points if store.find(point.run_id) is None]
+    missing = [point for point in points if not _is_done(point, store)]
+    done = len(points) - len(missing)
+    missing = _one_of_each_first(missing)[:limit]
     failed: dict[str, str] = {}
-    bar = tqdm(
-        total=len(points), initial=len(points) - len(missing), desc="sweep", disable=not progress
-    )
+    bar = tqdm(total=done + len(missing), initial=done, desc="sweep", disable=not progress)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         futures = {}
         for number, point in enumerate(missing):
@@ -156,6 +160,23 @@ def run_sweep(
     return failed
 
 
+def _is_done(point: RunConfig, store: ResultsStore) -> bool:
+    found = store.find(point.run_id)
+    return found is not None and not (point.runtime.redo_stale and is_stale(found))
+
+
+def _one_of_each_first(points: list[RunConfig]) -> list[RunConfig]:
+    """Points ordered so that every method and protocol comes before any comes again."""
+    counts: dict[tuple[str, str], int] = {}
+    turn = []
+    for point in points:
+        kind = (point.method, point.protocol)
+        counts[kind] = turn_of_this = counts.get(kind, 0) + 1
+        turn.append(turn_of_this)
+    order = sorted(range(len(points)), key=lambda i: turn[i])
+    return [points[i] for i in order]
+
+
 def _execute(point: RunConfig, store: ResultsStore, notebook: Path, delay: float) -> str:
     time.sleep(delay)
     folder = store.working_folder(point.sweep) / "notebooks"
@@ -173,7 +194,7 @@ def _execute(point: RunConfig, store: ResultsStore, notebook: Path, delay: float
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
     )
-    if done.returncode == 0 and store.find(point.run_id) is not None:
+    if done.returncode == 0 and _is_done(point, store):
         return ""
     output = (done.stderr or done.stdout).strip()
     return "\n".join(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mmdd.config import RunConfig, method_entry, plugins
+from mmdd.config import RunConfig, code_of, is_stale, method_entry
 from mmdd.distill import METHODS, CovMatch, CovMatchConfig
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
@@ -64,8 +64,8 @@ def test_names_of_methods_and_starts() -> None:
         match=f"method 'covmach' is unknown; known: {', '.join([*METHODS, *SELECTORS, 'full'])}",
     ):
         make(method="covmach")
-    with pytest.raises(ValidationError, match="init 'noise' is unknown; known: random"):
-        make(init="noise")
+    with pytest.raises(ValidationError, match=r"init 'magic' is unknown; known: .*random.*, noise"):
+        make(init="magic")
 
 
 def test_settings_belong_to_the_method() -> None:
@@ -209,12 +209,39 @@ def test_students_take_the_loss_that_the_set_was_distilled_with() -> None:
 
 
 def test_the_code_of_a_run() -> None:
-    assert plugins("full") == ()
-    assert plugins("random") == ("mmdd.selection.random",)
-    assert plugins("covmatch") == ("mmdd.distill.covmatch", "mmdd.selection.random")
     hashes = {make(method=m).source_hash for m in ("full", "random", "covmatch", "mtt")}
-    assert len(hashes) == 4
+    hashes |= {make(model={"pair": "cifar-minilm"}).source_hash}
+    hashes |= {make(student={"pair": "cifar-minilm"}).source_hash}
+    assert len(hashes) == 6
     assert make(method="mtt").source_hash == make(method="lors").source_hash  # one module
-    for unknown in ("nonsense", ""):
-        with pytest.raises(ConfigError, match="no method"):
-            plugins(unknown)
+    identity = make().identity()
+    assert code_of(identity) == make().source_hash
+    for key, value in (("method", "nonsense"), ("init", ""), ("model", {"pair": "no-such-pair"})):
+        with pytest.raises(ConfigError, match=r"no method or start|unknown encoder pair"):
+            code_of(identity | {key: value})
+
+
+def test_records_of_code_that_is_gone_are_stale() -> None:
+    record = {"config": make().identity(), "environment": {"source_hash": make().source_hash}}
+    assert not is_stale(record)
+    assert is_stale(record | {"environment": {"source_hash": "0123456789ab"}})
+    for key, value in (("method", "gone"), ("model", {"pair": "gone"}), ("model", {"pear": 1})):
+        assert is_stale(record | {"config": make().identity() | {key: value}})
+
+
+def test_what_belongs_to_a_run_only_where_it_counts() -> None:
+    """Keys that came later leave the ids of the runs without them as they were."""
+    plain = make().identity()
+    assert not {"student", "selection", "precision"} & set(plain)
+    other = make(selection={"warm_up_epochs": 2})
+    assert other.run_id == make().run_id
+    assert make(init="noise", selection={"warm_up_epochs": 2}).run_id == make(init="noise").run_id
+    assert make(init="noise").run_id != make().run_id
+    student = make(student={"pair": "cifar-minilm"})
+    assert student.run_id != make().run_id
+    assert student.set_id == make().set_id  # the distillation knows nothing of it
+    chosen = make(method="random", student={"pair": "cifar-minilm"})
+    assert chosen.set_id != make(method="random").set_id  # its texts are the students' vectors
+    assert make().selector == "random"
+    assert make(init="noise").selector == "noise"
+    assert make(method="random").selector == "random"

@@ -64,7 +64,7 @@ def test_words_for_readers_do_not_count(copy_of_the_package: Path) -> None:
         ("evaluation.py", "gamma=0.1", "gamma=0.2"),
         ("data/scenes.py", '"red": (0.86', '"red": (0.87'),
         ("data/captions.py", '"small", "little", "tiny"', '"small", "tiny"'),
-        ("encoders/dual.py", "dim=128,", "dim=129,"),
+        ("encoders/dual.py", "p_image = self.image_head(", "p_image = 2 * self.image_head("),
     ],
 )
 def test_whatever_decides_a_result_counts(
@@ -115,6 +115,13 @@ def test_everything_that_a_run_loads_is_hashed() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in files if path}
     assert "losses.py" in names
     assert names - provenance._WITHOUT_EFFECT <= hashed
+
+
+def test_entries_count_by_what_they_say(copy_of_the_package: Path) -> None:
+    """A new encoder pair changes no other run, but a run on a changed pair is another run."""
+    edit(copy_of_the_package / "encoders/pairs.py", "dim=128,", "dim=129,")
+    assert fresh() == source_hash()
+    assert source_hash(entries=("a",)) != source_hash(entries=("b",)) != source_hash()
 
 
 def test_names_of_files_count(copy_of_the_package: Path) -> None:

@@ -160,6 +160,67 @@ def test_a_finished_run_is_not_repeated(results: Path, monkeypatch: pytest.Monke
     assert {p: p.stat().st_mtime_ns for p in results.rglob("*")} == before
 
 
+def test_a_stale_record_is_replaced_on_request(results: Path, tmp_path: Path) -> None:
+    old = stored(results, method="random")
+    old["environment"]["source_hash"] = "0123456789ab"
+    for student in old["students"]:
+        student["test"]["mean"] += 0.25  # other code may have given other numbers
+    ResultsStore(tmp_path).write(old)
+    assert run(make(method="random"), tmp_path) == old
+    again = {"redo_stale": True, "progress": False}
+    new = run(make(method="random", runtime=again), tmp_path)
+    assert new["environment"]["source_hash"] == make(method="random").source_hash
+    assert new["students"][0]["test"] == stored(results, method="random")["students"][0]["test"]
+    assert new["replaced"] == {
+        "source_hash": "0123456789ab",
+        "finished": old["finished"],
+        "largest_difference": 0.25,
+    }
+    assert stored(tmp_path, method="random") == new
+    assert run(make(method="random", runtime=again), tmp_path) == new  # fresh now
+    assert load_results(tmp_path)["difference"].tolist() == [0.25, 0.25]
+    assert load_results(results)["difference"].isna().all()
+
+
+def test_a_start_from_noise(tmp_path: Path) -> None:
+    scenes = Scenes.generate({"train": 40, "val": 20, "test": 20})
+    model = build_model(make().model)
+    for protocol, shape in (("both", 3), ("image+text_head", 2)):
+        noise = initial_pairs(make(init="noise", protocol=protocol), scenes, model)
+        real = initial_pairs(make(protocol=protocol), scenes, model)
+        assert noise.images.shape == real.images.shape
+        assert noise.texts.shape == real.texts.shape
+        assert noise.texts.ndim == shape
+        centred = (noise.images - model.image_encoder.mean[0]) / model.image_encoder.std[0]
+        assert centred.mean().abs() < 0.05
+        assert abs(centred.std() - 1) < 0.05
+        entries = real.texts if real.text_mask is None else real.texts[real.text_mask]
+        assert abs(noise.texts.std() / entries.std(unbiased=False) - 1) < 0.1
+        again = initial_pairs(make(init="noise", protocol=protocol), scenes, model)
+        assert torch.equal(noise.texts, again.texts)
+        assert torch.equal(noise.images, again.images)
+        assert "source_images" not in noise.metadata
+    record = run(make(init="noise"), tmp_path)
+    assert record["config"]["init"] == "noise"
+    assert record["cost"]["iterations"] == 4
+
+
+def test_students_of_another_architecture(results: Path, tmp_path: Path) -> None:
+    student = {"pair": "scenes-tiny", "dim": 20}
+    for method in ("covmatch", "random", "full"):
+        record = run(make(method=method, student=student), tmp_path)
+        assert record["config"]["student"]["dim"] == 20
+        other = stored(results, method=method)["students"]
+        assert [s["test"] for s in record["students"]] != [s["test"] for s in other]
+    # The set is that of the run without students of their own.
+    mine, theirs = (
+        SyntheticPairs.load(set_path(folder / "mine", make())) for folder in (tmp_path, results)
+    )
+    assert torch.equal(mine.images, theirs.images)
+    table = load_results(tmp_path)
+    assert set(table["student_model"]) == set(table["model"]) == {"scenes-tiny"}
+
+
 def test_the_same_run_gives_the_same_numbers(results: Path, tmp_path: Path) -> None:
     def numbers(found: dict[str, Any]) -> Any:
         students = [{k: v for k, v in s.items() if k != "seconds"} for s in found["students"]]

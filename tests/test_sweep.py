@@ -17,7 +17,7 @@ from mmdd.errors import ConfigError
 from mmdd.presets import preset
 from mmdd.selection import SELECTORS
 from mmdd.store import ResultsStore
-from mmdd.sweep import load_sweep, nest, run_sweep
+from mmdd.sweep import _one_of_each_first, load_sweep, nest, run_sweep
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ", ".join([*METHODS, *SELECTORS, "full"])
@@ -197,6 +197,26 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_sweep(good, results, notebook=tmp_path / "none.ipynb", progress=False) == {}
     store.pack("mine")
     assert run_sweep(good, results, notebook=tmp_path / "none.ipynb", progress=False) == {}
+    # On request a record of other code is not done, and a limit says how many points to run.
+    old = store.find(good[0].run_id)
+    assert old is not None
+    store.write(old | {"environment": old["environment"] | {"source_hash": "0" * 12}})
+    again = load_sweep(path, {"threads": 1, "device": "cpu", "redo_stale": True})
+    assert run_sweep([again[0], again[2]], results, limit=1, progress=False) == {}
+    new = store.find(good[0].run_id)
+    assert new is not None
+    assert new["replaced"]["source_hash"] == "0" * 12
+    assert new["replaced"]["largest_difference"] == 0
+
+
+def test_one_of_each_kind_comes_first(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml", base=SMALL, grid=[{"method": ["random", "full", "dm"], "seed": [0, 1]}]
+    )
+    points = load_sweep(path)
+    ordered = _one_of_each_first(points)
+    assert [p.method for p in ordered] == ["random", "full", "dm"] * 2
+    assert [p.seed for p in ordered] == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.fixture

@@ -171,15 +171,13 @@ class TrajectoryMatching(Distiller):
             return module
         module = FullSimilarity(n)
         if config.similarity == "copied":
-            parameters = self.layout.named(self.layout.parts(self._last_snapshot()))
+            last = self._snapshot(0, self.experts.manifests[0]["snapshots"])
+            parameters = self.layout.named(last)
             with torch.no_grad():
                 z_image, z_text = self._embed(parameters, self.set.pixels(), *self.set.text())
                 module.values.copy_((z_image @ z_text.T).cpu())
             module.values.requires_grad_(False)
         return module
-
-    def _last_snapshot(self) -> Tensor:
-        return self.experts.read(0, self.experts.manifests[0]["snapshots"]).to(self.device)
 
     def _learned(self) -> list[tuple[str, nn.Parameter, float]]:
         config = self.config
@@ -202,13 +200,7 @@ class TrajectoryMatching(Distiller):
 
     def backward(self, iteration: int) -> dict[str, float]:
         config = self.config
-        rng = self.rng(_DRAW, iteration)
-        expert = int(rng.integers(len(self.experts)))
-        begin = int(rng.integers(config.max_start_epoch + 1))
-        start, target = (
-            self.layout.parts(self.experts.read(expert, snapshot).to(self.device))
-            for snapshot in (begin, begin + config.expert_epochs)
-        )
+        start, target = self._draw(iteration)
         for _, parameter, _ in self._learned():
             parameter.grad = None
         if config.engine == "unroll":
@@ -221,6 +213,17 @@ class TrajectoryMatching(Distiller):
         if config.engine == "finite-difference":
             terms["relative_error"] = self._error
         return terms
+
+    def _draw(self, iteration: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Where the student starts and should arrive, one vector per part of the model."""
+        rng = self.rng(_DRAW, iteration)
+        expert = int(rng.integers(len(self.experts)))
+        begin = int(rng.integers(self.config.max_start_epoch + 1))
+        end = begin + self.config.expert_epochs
+        return self._snapshot(expert, begin), self._snapshot(expert, end)
+
+    def _snapshot(self, expert: int, number: int) -> list[Tensor]:
+        return self.layout.parts(self.experts.read(expert, number).to(self.device))
 
     def after_step(self, iteration: int) -> dict[str, float]:
         if not self.config.log_rates:
@@ -346,10 +349,10 @@ class TrajectoryMatching(Distiller):
                 rate_gradient -= torch.stack(
                     [(a * m).sum() / r for a, m, r in zip(adjoint, moved, eta, strict=True)]
                 )
-                adjoint = [a + h for a, h in zip(adjoint, found[1], strict=True)]
+                adjoint = [a + h for a, h in zip(adjoint, found, strict=True)]
                 direction = [-r * a for r, a in zip(eta, adjoint, strict=True)]
             elif not keep:
-                theta = [t - r * g for t, r, g in zip(theta, eta, found[1], strict=True)]
+                theta = [t - r * g for t, r, g in zip(theta, eta, found, strict=True)]
         if rates.requires_grad:
             rates.backward(rate_gradient)
         return distance
@@ -376,8 +379,8 @@ class TrajectoryMatching(Distiller):
         direction: list[Tensor],
         curvature: bool,
         step: int,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Put one step's share on the learnables; returns (…, H v) or (…, ∇ℓ) where it has them."""
+    ) -> list[Tensor]:
+        """Put one step's share on the learnables; returns H v, or ∇ℓ, where the engine has it."""
         config = self.config
         assert config.engine != "unroll"
         inputs, mask = self._inputs(rows)
@@ -397,7 +400,7 @@ class TrajectoryMatching(Distiller):
         wanted = [(u, g) for u, g in zip(inputs, found.inputs, strict=True) if u.requires_grad]
         if wanted:
             torch.autograd.backward([u for u, _ in wanted], [g for _, g in wanted])
-        return found.inputs, (found.curvature if curvature else found.gradient) or []
+        return (found.curvature if curvature else found.gradient) or []
 
     # -- what comes out ----------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Image and text encoders by name, and the dual encoder that a retrieval model is."""
 
 from mmdd.encoders._weights import weights_identity
-from mmdd.encoders.dual import PAIRS, DualEncoder, EncoderPair, ModelConfig, build_model
+from mmdd.encoders.dual import DualEncoder, ModelConfig, build_model, resolve_pair
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec
+from mmdd.encoders.pairs import PAIRS, EncoderPair
 from mmdd.encoders.text import TextEncoder, TextEncoderSpec
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "TextEncoder",
     "TextEncoderSpec",
     "build_model",
+    "resolve_pair",
     "weights_identity",
 ]

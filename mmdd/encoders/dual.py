@@ -1,4 +1,4 @@
-"""Two encoders and their projections into one space; named pairs of them. Contains no loss."""
+"""Two encoders and their projections into one space. Contains no loss."""
 
 from typing import Literal
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec, build_image_encoder
+from mmdd.encoders.pairs import PAIRS, EncoderPair
 from mmdd.encoders.text import TextEncoder, TextEncoderSpec, build_text_encoder
 from mmdd.errors import ConfigError
 
@@ -31,57 +32,6 @@ class ModelConfig(BaseModel):
     dim: int | None = Field(default=None, ge=1)
     image_head: Literal["linear", "none"] | None = None
     text_head: Literal["linear", "mlp"] | None = None
-
-
-class EncoderPair(BaseModel):
-    """An entry of `PAIRS`: which encoders, which heads, how wide the shared space is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    image: ImageEncoderSpec
-    text: TextEncoderSpec
-    dim: int
-    image_head: Literal["linear", "none"] = "linear"
-    text_head: Literal["linear", "mlp"] = "linear"
-
-
-# The encoders of the papers.
-_NFNET = ImageEncoderSpec(kind="timm", name="nfnet_l0", weights="hub", image_size=224)
-_BERT = TextEncoderSpec(
-    kind="huggingface", name="bert-base-uncased", weights="hub", pooling="cls", max_length=32
-)
-
-PAIRS: dict[str, EncoderPair] = {
-    "scenes-tiny": EncoderPair(
-        image=ImageEncoderSpec(
-            kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors", image_size=32
-        ),
-        text=TextEncoderSpec(kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors"),
-        dim=128,
-    ),
-    "cifar-minilm": EncoderPair(
-        image=ImageEncoderSpec(
-            kind="cifar_resnet",
-            name="resnet20",
-            weights="cifar_resnet20.safetensors",
-            image_size=48,
-        ),
-        text=TextEncoderSpec(
-            kind="huggingface",
-            name="minilm",
-            weights="package",
-            pooling="mean",
-            max_length=32,
-            dropout=0.0,
-        ),
-        dim=128,
-    ),
-    "nfnet-bert": EncoderPair(image=_NFNET, text=_BERT, dim=2304),
-    # The architecture of MTT-VL, TESLA, LoRS and MDM: no image projection, a residual text head.
-    "nfnet-bert-lors": EncoderPair(
-        image=_NFNET, text=_BERT, dim=2304, image_head="none", text_head="mlp"
-    ),
-}
 
 
 class MLPHead(nn.Module):

@@ -332,17 +332,6 @@ def build_image_encoder(spec: ImageEncoderSpec) -> ImageEncoder:
     if spec.kind == "cifar_resnet":
         return CifarResNet(spec.name, spec.weights, spec.seed)
     # Imported here because scenes builds on this module.
-    from mmdd.encoders.scenes import WEIGHTS, ScenesImageEncoder, load_pretrained
+    from mmdd.encoders.scenes import build_scenes_encoder
 
-    shipped = WEIGHTS.removeprefix("pretrained/")
-    if spec.name != "scenes-tiny" or spec.weights not in (None, shipped):
-        raise ConfigError(
-            f"image encoder of kind 'scenes' called {spec.name!r} with weights {spec.weights!r}: "
-            f"there is only 'scenes-tiny', with weights None or {shipped!r}."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        encoder = ScenesImageEncoder()
-    if spec.weights is not None:
-        load_pretrained(encoder, "image")
-    return encoder
+    return build_scenes_encoder("image", spec.name, spec.weights, spec.seed)

@@ -4,6 +4,10 @@ Both are pretrained separately, on attributes and on masked words of a disjoint 
 image–text pairs, by `data/pretrained/make_scenes_tiny.py`; the weights ship with the project.
 """
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +20,7 @@ from mmdd.errors import ConfigError
 from mmdd.files import load_tensors
 from mmdd.paths import data_file
 
-WEIGHTS = "pretrained/scenes_tiny.safetensors"
+WEIGHTS = "scenes_tiny.safetensors"
 IMAGE_SIZE = 32
 
 
@@ -143,10 +147,54 @@ class ScenesTextEncoder(TextEncoder):
         return list(self.bert.embeddings.parameters())
 
 
-def load_pretrained(encoder: nn.Module, part: str) -> None:
-    """Fill a Scenes encoder with the shipped weights; part is "image" or "text"."""
-    tensors, _ = load_tensors(data_file(WEIGHTS))
-    prefix = f"{part}."
-    encoder.load_state_dict(
-        {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    )
+# Encoders of kind "scenes" by the module that has them in its `ENCODERS`: further ones stand in a
+# module of their own, which only those runs load that use it.
+_ELSEWHERE = "mmdd.encoders.scenes_more"
+ENCODERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "image": {"scenes-tiny": ScenesImageEncoder},
+    "text": {"scenes-tiny": ScenesTextEncoder},
+}
+
+
+def scenes_module(part: Literal["image", "text"], name: str) -> str:
+    """The module that an encoder of kind "scenes" is written in."""
+    return __name__ if name in ENCODERS[part] else _ELSEWHERE
+
+
+@overload
+def build_scenes_encoder(
+    part: Literal["image"], name: str, weights: str | None, seed: int
+) -> ImageEncoder: ...
+
+
+@overload
+def build_scenes_encoder(
+    part: Literal["text"], name: str, weights: str | None, seed: int
+) -> TextEncoder: ...
+
+
+def build_scenes_encoder(
+    part: Literal["image", "text"], name: str, weights: str | None, seed: int
+) -> nn.Module:
+    """An encoder of kind "scenes" by name, with random weights (None) or the shipped ones.
+
+    Raises `ConfigError` for another name, or weights other than the file of that name.
+    """
+    module = import_module(scenes_module(part, name))
+    shipped = f"{name.replace('-', '_')}.safetensors"
+    if name not in module.ENCODERS[part] or weights not in (None, shipped):
+        known = [*ENCODERS[part], *import_module(_ELSEWHERE).ENCODERS[part]]
+        raise ConfigError(
+            f"{part} encoder of kind 'scenes' called {name!r} with weights {weights!r}: there are "
+            f"{', '.join(known)}, with no weights or those of their own file, such as {WEIGHTS!r}."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: nn.Module = module.ENCODERS[part][name]()
+    if weights is not None:
+        tensors, _ = load_tensors(data_file(f"pretrained/{weights}"))
+        prefix = f"{part}."
+        encoder.load_state_dict(
+            {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
+        )
+    return encoder

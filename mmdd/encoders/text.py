@@ -274,7 +274,11 @@ def build_text_encoder(spec: TextEncoderSpec) -> TextEncoder:
     Book: notebooks/02_encoders_and_evaluation.
     """
     if spec.kind == "scenes":
-        return _build_scenes(spec)
+        # Imported here because scenes builds on this module.
+        from mmdd.encoders.scenes import build_scenes_encoder
+
+        weights = None if spec.weights == "random" else spec.weights
+        return build_scenes_encoder("text", spec.name, weights, spec.seed)
     if spec.config_overrides and spec.weights != "random":
         raise ConfigError(
             f"config_overrides {sorted(spec.config_overrides)} with weights {spec.weights!r}: "
@@ -295,24 +299,6 @@ def build_text_encoder(spec: TextEncoderSpec) -> TextEncoder:
         tokenizer_kind=tokenizer_kind,
     )
     return encoder.train()
-
-
-def _build_scenes(spec: TextEncoderSpec) -> TextEncoder:
-    # Imported here because scenes builds on this module.
-    from mmdd.encoders.scenes import WEIGHTS, ScenesTextEncoder, load_pretrained
-
-    shipped = WEIGHTS.removeprefix("pretrained/")
-    if spec.name != "scenes-tiny" or spec.weights not in ("random", shipped):
-        raise ConfigError(
-            f"text encoder of kind 'scenes' called {spec.name!r} with weights {spec.weights!r}: "
-            f"there is only 'scenes-tiny', with weights 'random' or {shipped!r}."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        encoder = ScenesTextEncoder()
-    if spec.weights != "random":
-        load_pretrained(encoder, "text")
-    return encoder
 
 
 def _model_class(config: Any) -> Any:

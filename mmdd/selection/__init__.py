@@ -7,20 +7,29 @@ import numpy as np
 
 from mmdd.data.pairs import PairDataset
 from mmdd.errors import ConfigError
-from mmdd.selection.base import Selection, Selector
+from mmdd.selection.base import Candidates, Selection, SelectionConfig, Selector
 from mmdd.selection.random import select_random
 
 SELECTORS: dict[str, Selector] = {
     "random": select_random,
 }
 
+__all__ = ["SELECTORS", "Candidates", "Selection", "SelectionConfig", "select"]
 
-def select(name: str, dataset: PairDataset, pairs: int, seed: int) -> Selection:
+
+def select(
+    name: str,
+    dataset: PairDataset,
+    pairs: int,
+    seed: int,
+    candidates: Candidates | None = None,
+) -> Selection:
     """Choose real training pairs by a method's name.
 
+    candidates: what selections other than "random" need to see, of the same dataset and seed.
     Returns (image indices, caption numbers), (N,) int64 each. Raises `ConfigError` for an unknown
-    name, fewer than one pair, or more pairs than the train split has.
-    Book: notebooks/02_encoders_and_evaluation.
+    name, fewer than one pair, more pairs than the train split has, or a missing model.
+    Book: notebooks/03_coresets.
     """
     if name not in SELECTORS:
         raise ConfigError(f"unknown selection {name!r}; known: {', '.join(SELECTORS)}.")
@@ -29,4 +38,5 @@ def select(name: str, dataset: PairDataset, pairs: int, seed: int) -> Selection:
         raise ConfigError(
             f"cannot choose {pairs} pairs: the train split of {dataset.name!r} has {available}."
         )
-    return SELECTORS[name](dataset, pairs, np.random.default_rng([seed, 17]))
+    candidates = candidates or Candidates(dataset, seed)
+    return SELECTORS[name](candidates, pairs, np.random.default_rng([seed, 17]))

@@ -370,7 +370,7 @@ def test_specification_refuses_unknown_keys_and_is_frozen():
 def test_wrong_names_of_the_other_kinds_are_refused():
     with pytest.raises(ConfigError, match="choose resnet20"):
         build(kind="cifar_resnet", name="resnet50")
-    with pytest.raises(ConfigError, match="only 'scenes-tiny'"):
+    with pytest.raises(ConfigError, match="there are scenes-tiny"):
         build(kind="scenes", name="scenes-huge", image_size=32)
 
 

@@ -20,7 +20,7 @@ from mmdd.encoders.scenes import (
     ScenesImageEncoder,
     ScenesTextEncoder,
     WeightStandardisedConv2d,
-    load_pretrained,
+    build_scenes_encoder,
 )
 from mmdd.encoders.text import TextEncoderSpec, build_text_encoder
 from mmdd.errors import ConfigError
@@ -35,15 +35,15 @@ SHA256 = "f131777546158812f812e9eb43f0c38d7df4b2623917dad09a031666c135be1e"
 
 @pytest.fixture(scope="module")
 def image_encoder() -> ScenesImageEncoder:
-    encoder = ScenesImageEncoder()
-    load_pretrained(encoder, "image")
+    encoder = build_scenes_encoder("image", "scenes-tiny", WEIGHTS, 0)
+    assert isinstance(encoder, ScenesImageEncoder)
     return encoder.eval()
 
 
 @pytest.fixture(scope="module")
 def text_encoder() -> ScenesTextEncoder:
-    encoder = ScenesTextEncoder()
-    load_pretrained(encoder, "text")
+    encoder = build_scenes_encoder("text", "scenes-tiny", WEIGHTS, 0)
+    assert isinstance(encoder, ScenesTextEncoder)
     return encoder.eval()
 
 
@@ -55,7 +55,7 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def test_the_shipped_weights() -> None:
-    path = data_file(WEIGHTS)
+    path = data_file(f"pretrained/{WEIGHTS}")
     assert path.stat().st_size < 1_000_000
     tensors, header = load_tensors(path)
     assert tensors_sha256(tensors) == header["sha256"] == SHA256
@@ -66,7 +66,7 @@ def test_the_shipped_weights() -> None:
 
 
 def test_every_tensor_is_used_once() -> None:
-    with safe_open(data_file(WEIGHTS), framework="pt") as file:
+    with safe_open(data_file(f"pretrained/{WEIGHTS}"), framework="pt") as file:
         stored = set(file.keys())
     wanted = {
         f"{part}.{name}"
@@ -109,7 +109,7 @@ def test_the_script_gives_the_same_bytes_twice(tmp_path: Path) -> None:
     tensors, header = load_tensors(outputs[0])
     assert header["sha256"] == tensors_sha256(tensors)
     assert header["sha256"] in said[0]
-    shipped, _ = load_tensors(data_file(WEIGHTS))
+    shipped, _ = load_tensors(data_file(f"pretrained/{WEIGHTS}"))
     assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
         n: (t.shape, t.dtype) for n, t in shipped.items()
     }
@@ -344,9 +344,9 @@ def test_random_weights_come_from_the_seed() -> None:
 
 def test_what_is_refused() -> None:
     for values in ({"name": "scenes-large"}, {"name": "scenes-tiny", "weights": "other.pth"}):
-        with pytest.raises(ConfigError, match="there is only 'scenes-tiny'"):
+        with pytest.raises(ConfigError, match="there are scenes-tiny"):
             build_image_encoder(ImageEncoderSpec(kind="scenes", image_size=32, **values))
-        with pytest.raises(ConfigError, match="there is only 'scenes-tiny'"):
+        with pytest.raises(ConfigError, match="there are scenes-tiny"):
             build_text_encoder(TextEncoderSpec(kind="scenes", **values))
     with pytest.raises(ValidationError, match="image_size"):
         ImageEncoderSpec(kind="scenes", name="scenes-tiny")

@@ -1,0 +1,62 @@
+"""Encoder pairs by name. Adding one is an entry in `PAIRS`.
+
+A run's identity has the name of its pair, and its source hash what the entry says.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from mmdd.encoders.image import ImageEncoderSpec
+from mmdd.encoders.text import TextEncoderSpec
+
+
+class EncoderPair(BaseModel):
+    """An entry of `PAIRS`: which encoders, which heads, how wide the shared space is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: ImageEncoderSpec
+    text: TextEncoderSpec
+    dim: int
+    image_head: Literal["linear", "none"] = "linear"
+    text_head: Literal["linear", "mlp"] = "linear"
+
+
+# The encoders of the papers.
+_NFNET = ImageEncoderSpec(kind="timm", name="nfnet_l0", weights="hub", image_size=224)
+_BERT = TextEncoderSpec(
+    kind="huggingface", name="bert-base-uncased", weights="hub", pooling="cls", max_length=32
+)
+
+PAIRS: dict[str, EncoderPair] = {
+    "scenes-tiny": EncoderPair(
+        image=ImageEncoderSpec(
+            kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors", image_size=32
+        ),
+        text=TextEncoderSpec(kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors"),
+        dim=128,
+    ),
+    "cifar-minilm": EncoderPair(
+        image=ImageEncoderSpec(
+            kind="cifar_resnet",
+            name="resnet20",
+            weights="cifar_resnet20.safetensors",
+            image_size=48,
+        ),
+        text=TextEncoderSpec(
+            kind="huggingface",
+            name="minilm",
+            weights="package",
+            pooling="mean",
+            max_length=32,
+            dropout=0.0,
+        ),
+        dim=128,
+    ),
+    "nfnet-bert": EncoderPair(image=_NFNET, text=_BERT, dim=2304),
+    # The architecture of MTT-VL, TESLA, LoRS and MDM: no image projection, a residual text head.
+    "nfnet-bert-lors": EncoderPair(
+        image=_NFNET, text=_BERT, dim=2304, image_head="none", text_head="mlp"
+    ),
+}
