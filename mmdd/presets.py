@@ -40,6 +40,18 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
         200: _lors(1000.0, 50.0, 1.0, 20),
         500: _lors(5000.0, 500.0, 1.0, 20),
     },
+    # RepBlend (NeurIPS 2025), scripts of the released code: LoRS' but for the last column, which
+    # also has temperature 0.1.
+    ("repblend", "flickr30k"): {
+        100: _lors(100.0, 10.0, 3.0, 10),
+        200: _lors(1000.0, 10.0, 1.0, 5),
+        500: _lors(1000.0, 100.0, 0.01, 20, max_start_epoch=3),
+    },
+    ("repblend", "coco"): {
+        100: _lors(1000.0, 5.0, 1.0, 10),
+        200: _lors(1000.0, 50.0, 1.0, 20),
+        500: _lors(5000.0, 500.0, 1.0, 40) | {"temperature": 0.1},
+    },
     # CovMatch (NeurIPS 2025), main text and appendix.
     ("covmatch", "flickr30k"): {
         100: {"rho": 2.0, "lambda_": 0.1},
@@ -103,6 +115,12 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("tesla", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("lors", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("repblend", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("repblend", "scenes-tiny", "heads"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("lors", "scenes-tiny", "heads"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("mtt", "scenes-tiny", "heads"): _TRAJECTORY,
+    ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
+    | {"lr_similarity": 0.003, "max_start_text": 4},
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
     # On photos one trial was looked at, and none under `both`: starting values, not a search.
@@ -112,6 +130,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 60, "rho": 1.5, "lr_text": 0.001, "real_batch": 64},
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
+    ("repblend", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
 }
 
 # Students, by (encoder pair, protocol): one choice for all methods.
@@ -125,7 +144,7 @@ STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 # The trajectory papers have no image projection and a text head of two layers.
-_PAPER_PAIRS = dict.fromkeys(("mtt", "tesla", "tesla-wbce", "lors"), "nfnet-bert-lors")
+_PAPER_PAIRS = dict.fromkeys(("mtt", "tesla", "tesla-wbce", "lors", "amd"), "nfnet-bert-lors")
 
 # What the papers train students with: LoRS' official code, and CovMatch's appendix (the defaults).
 _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -134,7 +153,7 @@ _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 # Iterations that fit into seconds.
-_TINY = {"covmatch": 120} | dict.fromkeys((*_PAPER_PAIRS, "dc", "dm"), 40)
+_TINY = {"covmatch": 120} | dict.fromkeys((*_PAPER_PAIRS, "repblend", "dc", "dm"), 40)
 
 _BASE: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -194,7 +213,7 @@ def _paper_settings(method: str, values: dict[str, Any]) -> dict[str, Any]:
     dataset = values.get("dataset", {}).get("name", "scenes")
     by_budget = PAPER.get((method, dataset), {})
     pairs = values.get("pairs", RunConfig.model_fields["pairs"].default)
-    pairs += method == "lors"  # gives up a pair for its similarity
+    pairs += method in ("lors", "repblend", "amd")  # give up a pair for their similarity
     fitting = [budget for budget in by_budget if budget <= pairs] or sorted(by_budget)[:1]
     return by_budget[max(fitting)] if fitting else {}
 

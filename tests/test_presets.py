@@ -47,7 +47,7 @@ def test_every_method_has_a_run_of_every_size(name: str, method: str) -> None:
     if name == "tiny":
         assert config.settings.iterations <= 120  # type: ignore[attr-defined]
     if name == "paper":
-        follows = method in ("mtt", "tesla", "tesla-wbce", "lors")
+        follows = method in ("mtt", "tesla", "tesla-wbce", "lors", "amd")
         assert config.model.pair == ("nfnet-bert-lors" if follows else "nfnet-bert")
 
 

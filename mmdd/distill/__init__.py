@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from mmdd.distill.covmatch import CovMatch, CovMatchConfig
+from mmdd.distill.decoupled import Decoupled, DecoupledConfig
 from mmdd.distill.loop import Context, Distiller, Progress, distill
 from mmdd.distill.matching import (
     DistributionMatching,
@@ -12,6 +13,7 @@ from mmdd.distill.matching import (
     GradientMatching,
     GradientMatchingConfig,
 )
+from mmdd.distill.repblend import RepBlend, RepBlendConfig
 from mmdd.distill.trajectory import (
     Lors,
     LorsConfig,
@@ -42,6 +44,8 @@ METHODS: dict[str, Method] = {
     "tesla": Method(TeslaConfig, Tesla),
     "tesla-wbce": Method(TeslaWbceConfig, TeslaWbce),
     "lors": Method(LorsConfig, Lors),
+    "repblend": Method(RepBlendConfig, RepBlend),
+    "amd": Method(DecoupledConfig, Decoupled),
     "covmatch": Method(CovMatchConfig, CovMatch),
 }
 
@@ -50,6 +54,8 @@ __all__ = [
     "Context",
     "CovMatch",
     "CovMatchConfig",
+    "Decoupled",
+    "DecoupledConfig",
     "Distiller",
     "DistributionMatching",
     "DistributionMatchingConfig",
@@ -59,6 +65,8 @@ __all__ = [
     "LorsConfig",
     "Method",
     "Progress",
+    "RepBlend",
+    "RepBlendConfig",
     "Tesla",
     "TeslaConfig",
     "TeslaWbce",

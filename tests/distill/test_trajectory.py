@@ -6,12 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from mmdd.distill import METHODS, Context, distill
+from mmdd.distill.decoupled import DecoupledConfig
+from mmdd.distill.repblend import RepBlend, RepBlendConfig
 from mmdd.distill.trajectory import TrajectoryMatching
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer
@@ -126,29 +130,71 @@ def loss_of(name: str, z_image: Tensor, z_text: Tensor, similarity: Tensor) -> T
     return 0.5 * (terms[positive].mean() + terms[~positive].mean())
 
 
+def endpoints(
+    method: TrajectoryMatching, iteration: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Where the student starts and should arrive, by name of the parameter."""
+    config = method.config
+    names = list(method.layout.names)
+    shapes = dict(zip(names, method.layout.shapes, strict=True))
+
+    def read(expert: int, snapshot: int) -> dict[str, Tensor]:
+        pieces = method.experts.read(expert, snapshot).split([shapes[n].numel() for n in names])
+        return {n: p.view(shapes[n]) for n, p in zip(names, pieces, strict=True)}
+
+    if isinstance(config, DecoupledConfig):
+        rng = method.rng(4, iteration)
+        expert = int(rng.integers(2))
+        image = int(rng.integers(config.min_start_epoch, config.max_start_epoch + 1))
+        text = int(rng.integers(config.min_start_text, config.max_start_text + 1))
+    else:
+        rng = method.rng(1, iteration)
+        expert = int(rng.integers(2))
+        image = text = int(rng.integers(config.max_start_epoch + 1))
+    found = []
+    for later in (0, config.expert_epochs):
+        seen = {"image": read(expert, image + later), "text": read(expert, text + later)}
+        found.append({name: seen[name.split("_")[0]][name] for name in names})
+    return found[0], found[1]
+
+
+def embed(
+    method: TrajectoryMatching, theta: dict[str, Tensor], images: Tensor, texts: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Projected and normalised features of a student step. rest: the mask, the step's key."""
+    mask, key = rest
+    if not isinstance(method.config, RepBlendConfig):
+        z_image, z_text = torch.func.functional_call(method.model, theta, (images, texts, mask))
+        return z_image, z_text
+    rng = np.random.default_rng([*key, 3])
+    partner = rng.permutation(len(images))
+    beta = method.config.blend_beta
+    rho = method.config.blend if beta is None else rng.beta(beta, beta)
+    projected = []
+    for side, h in (
+        ("image", method.model.image_encoder(images)),
+        ("text", texts),  # vectors
+    ):
+        rows = [(1 - rho) * h[m] + rho * h[i] for m, i in enumerate(partner)]
+        projected.append(F.normalize(torch.stack(rows) @ theta[f"{side}_head.weight"].T, dim=1))
+    return projected[0], projected[1]
+
+
 def reference(method: TrajectoryMatching, iteration: int, detached: bool) -> dict[str, Tensor]:
     """Gradients of the matching loss by unrolling copies of the model with plain autograd."""
     config = method.config
     names = list(method.layout.names)
-    rng = method.rng(1, iteration)
-    expert, begin = int(rng.integers(2)), int(rng.integers(config.max_start_epoch + 1))
-    shapes = dict(zip(names, method.layout.shapes, strict=True))
-
-    def split(flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([shapes[n].numel() for n in names])
-        return {n: p.view(shapes[n]) for n, p in zip(names, pieces, strict=True)}
-
-    start = split(method.experts.read(expert, begin))
-    target = split(method.experts.read(expert, begin + config.expert_epochs))
+    start, target = endpoints(method, iteration)
     parts = list(method.layout.sizes)
     rates = dict(zip(parts, method.rates(), strict=True))
     theta = {n: t.clone().requires_grad_() for n, t in start.items()}
     moved = {n: torch.zeros_like(t) for n, t in start.items()}  # Σ η g
-    for rows in method.batches(iteration):
+    for step_number, rows in enumerate(method.batches(iteration)):
         images = method.set.images[rows] * method.set.std + method.set.mean
         texts, mask = method.set.text(rows)
         here = {n: t.detach().requires_grad_() for n, t in theta.items()} if detached else theta
-        z_image, z_text = torch.func.functional_call(method.model, here, (images, texts, mask))
+        key = [method.seed, iteration, step_number]
+        z_image, z_text = embed(method, here, images, texts, mask, key)
         similarity = method.similarity.matrix()[rows][:, rows]
         loss = loss_of(config.loss, z_image, z_text, similarity)
         found = torch.autograd.grad(loss, list(here.values()), create_graph=True)
@@ -187,6 +233,11 @@ CASES = [
     ("lors", "image+text_head", "scenes-tiny", {"rank": 2}),
     ("lors", "image+text_head", "scenes-tiny", {"similarity": "full", "loss": "ence"}),
     ("lors", "both", "scenes-tiny", {"similarity": "full", "loss": "bce"}),
+    ("repblend", "heads", "scenes-tiny", {"blend_beta": None, "blend": 0.3, "loss": "ence"}),
+    ("repblend", "image+text_head", "scenes-tiny", {"blend_beta": 1.0}),
+    ("repblend", "heads", "resnet-bert", {"blend_beta": None, "blend": 0.0}),
+    ("amd", "image+text_head", "scenes-tiny", {"min_start_text": 2}),
+    ("amd", "both", "scenes-tiny", {"min_start_epoch": 1, "max_start_text": 0}),
 ]
 IDS = [f"{m}-{p}-{model}-{'-'.join(map(str, c.values()))}" for m, p, model, c in CASES]
 
@@ -374,9 +425,16 @@ def test_rates_stay_positive(make: Make, log_rates: bool) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", ["mtt", "tesla", "tesla-wbce", "lors"])
+@pytest.mark.parametrize("method", ["mtt", "tesla", "tesla-wbce", "lors", "repblend", "amd"])
 def test_matching_gets_closer(make: Make, method: str, protocol: Protocol) -> None:
-    made = make(method, protocol, max_start_epoch=0, log_rates=True, distance="part", **SMALL_STEPS)
+    changes = SMALL_STEPS | {"max_start_epoch": 0, "log_rates": True, "distance": "part"}
+    if method == "amd":
+        changes["max_start_text"] = 0
+    if method == "repblend" and protocol == "both":
+        with pytest.raises(ConfigError, match="under the protocol 'both' the texts are token"):
+            make(method, protocol, **changes)
+        return
+    made = make(method, protocol, **changes)
     made.experts.manifests = made.experts.manifests[:1]  # one trajectory, one target
     _, progress = distill(made, 12, progress=False)
     assert progress.history["loss"][-1] < 0.97 * progress.history["loss"][0]
@@ -388,6 +446,8 @@ def test_matching_gets_closer(make: Make, method: str, protocol: Protocol) -> No
         ("mtt", {}),
         ("lors", {"engine": "finite-difference", "error_every": 3}),
         ("lors", {"loss": "ence", "engine": "forward-over-reverse", **SMALL_STEPS}),
+        ("repblend", {"blend_beta": 0.5}),
+        ("amd", {"min_start_text": 1, **SMALL_STEPS}),
     ],
 )
 def test_resume_in_the_middle(
@@ -402,7 +462,7 @@ def test_resume_in_the_middle(
     assert torch.equal(whole.images, part.images)
     assert torch.equal(whole.texts, part.texts)
     assert whole.learning_rates == part.learning_rates
-    if method == "lors":
+    if method != "mtt":
         assert whole.similarity is not None
         assert part.similarity is not None
         assert torch.equal(whole.similarity.matrix(), part.similarity.matrix())
@@ -421,6 +481,57 @@ def test_dropout_is_the_same_in_every_pass(make: Make) -> None:
         )
 
 
+# -- the newer peers -------------------------------------------------------------------------------
+
+
+def test_without_blending_repblend_is_lors_on_the_heads(make: Make) -> None:
+    plain = in_double(make("lors", "heads"))
+    other = in_double(make("repblend", "heads", blend_beta=None, blend=0.0))
+    blended = in_double(make("repblend", "heads", blend_beta=None, blend=0.3))
+    for method in (plain, other, blended):
+        soften(method)
+    assert_parallel(gradients(other), gradients(plain), 1e-12)
+    apart = gradients(blended)["images"] - gradients(plain)["images"]
+    assert apart.norm() > 1e-3 * gradients(plain)["images"].norm()
+
+
+def test_repblend_follows_the_projections_alone(make: Make) -> None:
+    """Also where the students train their image encoder; then it has no rate to learn."""
+    method = make("repblend", "image+text_head")
+    assert list(method.layout.sizes) == ["image_head", "text_head"]
+    assert set(method.export().learning_rates) == {"image_head", "text_head"}
+
+
+def test_the_blend_of_a_step_is_the_steps_own(make: Make) -> None:
+    method = make("repblend", "heads", blend_beta=0.5)
+    assert isinstance(method, RepBlend)
+    drawn = [method._partners(4, key) for key in ([0, 1, 0], [0, 1, 0], [0, 1, 1], [0, 2, 0])]
+    assert drawn[0][0].tolist() == drawn[1][0].tolist()
+    assert drawn[0][1] == drawn[1][1]
+    assert len({rho for _, rho in drawn}) == 3
+    assert all(0 <= rho <= 1 for _, rho in drawn)
+
+
+def test_decoupled_branches_start_apart(make: Make) -> None:
+    """Every combination in the ranges comes, and with equal ranges of one it is LoRS' own path."""
+    method = make("amd", max_start_epoch=1, max_start_text=2)
+    starts = [endpoints(method, i)[0] for i in range(60)]
+    seen = {
+        (float(s["image_head.weight"].sum()), float(s["text_head.weight"].sum())) for s in starts
+    }
+    assert len(seen) == 2 * 2 * 3
+    for i in range(3):
+        drawn = method._draw(i)
+        for flat, named in zip(drawn, endpoints(method, i), strict=True):
+            assert torch.equal(torch.cat(flat), method.layout.flatten(named))
+    lors = make("lors", max_start_epoch=0)
+    same = make("amd", max_start_epoch=0, max_start_text=0)
+    lors.experts.manifests = lors.experts.manifests[:1]
+    same.experts.manifests = same.experts.manifests[:1]
+    for a, b in zip(lors._draw(0), same._draw(0), strict=True):
+        assert torch.equal(torch.cat(a), torch.cat(b))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -434,6 +545,10 @@ def test_refusals(make: Make, make_context: MakeContext) -> None:
     with pytest.raises(ConfigError, match="at least two synthetic pairs, not 1"):
         TrajectoryMatching(method.config, alone)
     assert "student_lr" in method.hint()
+    with pytest.raises(ConfigError, match=r"max_start_text \(3\) .* have 3 snapshots"):
+        make("amd", max_start_text=3)
+    with pytest.raises(ValidationError, match="from 2 to 1: none is left"):
+        make("amd", min_start_text=2, max_start_text=1)
 
 
 def test_independent_losses_are_the_projects(make: Make) -> None:
