@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
+from mmdd.tables import GIVE_UP_A_PAIR
 
 PresetName = Literal["tiny", "small", "photos", "gpu", "paper"]
 
@@ -111,6 +112,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 300, "rho": 1.5, "lr_text": 0.002},
     ("covmatch", "scenes-tiny", "image+text_head"): _COVMATCH
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03},
+    ("covmatch", "scenes-tiny", "heads"): _COVMATCH
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03},
     ("mtt", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("tesla", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _TRAJECTORY,
@@ -213,7 +216,7 @@ def _paper_settings(method: str, values: dict[str, Any]) -> dict[str, Any]:
     dataset = values.get("dataset", {}).get("name", "scenes")
     by_budget = PAPER.get((method, dataset), {})
     pairs = values.get("pairs", RunConfig.model_fields["pairs"].default)
-    pairs += method in ("lors", "repblend", "amd")  # give up a pair for their similarity
+    pairs += method in GIVE_UP_A_PAIR
     fitting = [budget for budget in by_budget if budget <= pairs] or sorted(by_budget)[:1]
     return by_budget[max(fitting)] if fitting else {}
 

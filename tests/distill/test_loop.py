@@ -44,39 +44,50 @@ def assert_same_bits(a: SyntheticPairs, b: SyntheticPairs) -> None:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-# Distils into a folder with an optimiser, and tells of every iteration.
+# Distils into a folder with a method, and tells of every iteration.
 SCRIPT = textwrap.dedent(
     """
+    from dataclasses import replace
     from pathlib import Path
 
     import torch
 
     from mmdd.batches import RealBatches, real_pairs
     from mmdd.data.scenes import Scenes
-    from mmdd.distill import Context, CovMatch, CovMatchConfig, distill
+    from mmdd.distill import METHODS, Context, distill
     from mmdd.encoders import ModelConfig, build_model
     from mmdd.selection import select
 
 
     scenes = Scenes.generate({"train": 40, "val": 2, "test": 2})
     model = build_model(ModelConfig(dim=12))
+    SETTINGS = {
+        "covmatch": {
+            "real_batch": 8, "reset_every": 7, "synthetic_batch": 5, "normalize": True,
+        },
+        "lors": {
+            "syn_steps": 2, "synthetic_batch": 4, "max_start_epoch": 1, "lr_similarity": 0.01,
+            "experts": {"count": 2, "epochs": 2, "batch_size": 8, "lr_image": 0.02},
+        },
+    }
 
 
-    def job(folder, optimizer):
-        folder = Path(folder)
+    def job(folder, name, optimizer, iterations):
+        folder, iterations = Path(folder), int(iterations)
         images, choice = select("random", scenes, 6, 0)
         start = real_pairs(scenes, images, choice, model, "both")
         real = RealBatches(scenes, "train", model, "both", torch.device("cpu"))
-        config = CovMatchConfig(
-            iterations=40, real_batch=8, reset_every=7, synthetic_batch=5, normalize=True,
-            optimizer=optimizer, lr_image=0.01, lr_text=0.01,
-        )
-        method = CovMatch(config, Context(start, real, model, "both", seed=3))
+        context = Context(start, real, model, "both", seed=3)
+        entry = METHODS[name]
+        rates = {"optimizer": optimizer, "lr_image": 0.01, "lr_text": 0.01}
+        config = entry.config(iterations=iterations, **rates, **SETTINGS[name])
+        prepared, _ = entry.distiller.prepare(config, context, folder, progress=False)
+        method = entry.distiller(config, replace(context, prepared=prepared))
         result, progress = distill(
-            method, 40, checkpoint=folder / "checkpoint.safetensors", checkpoint_every=3,
+            method, iterations, checkpoint=folder / "checkpoint.safetensors", checkpoint_every=3,
             progress=False, callback=lambda i, s: print(i, flush=True), callback_every=1,
         )
-        assert progress.iterations == 40 and len(progress.history["loss"]) == 40
+        assert progress.iterations == len(progress.history["loss"]) == iterations
         result.save(folder / "set.safetensors")
     """
 )
@@ -88,13 +99,13 @@ def runner(forking: Callable[[str], subprocess.Popen[str]]) -> subprocess.Popen[
 
 
 def shoot(
-    runner: subprocess.Popen[str], folder: Path, optimizer: str, at: int | None, delay: float = 0.0
+    runner: subprocess.Popen[str], folder: Path, method: str, at: int | None, delay: float = 0.0
 ) -> tuple[list[int], int]:
     """(iterations that were heard of, exit code) of a run that is killed after iteration `at`."""
     assert runner.stdin is not None
     assert runner.stdout is not None
     folder.mkdir(exist_ok=True)
-    runner.stdin.write(f"{folder} {optimizer}\n")
+    runner.stdin.write(f"{folder} {method}\n")
     runner.stdin.flush()
     heard, child = [], 0
     for line in runner.stdout:
@@ -110,26 +121,30 @@ def shoot(
     raise AssertionError("the runner ended")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("method", "kills", "iterations"),
+    [("covmatch sgd", 3, 40), ("covmatch adam", 3, 40), ("lors adam", 10, 120)],
+)
 def test_killed_runs_end_in_the_same_bits(
-    tmp_path: Path, runner: subprocess.Popen[str], optimizer: str
+    tmp_path: Path, runner: subprocess.Popen[str], method: str, kills: int, iterations: int
 ) -> None:
-    whole, code = shoot(runner, tmp_path / "whole", optimizer, None)
-    assert (whole, code) == (list(range(1, 41)), 0)
-    moments = random.Random(optimizer)
+    method = f"{method} {iterations}"
+    whole, code = shoot(runner, tmp_path / "whole", method, None)
+    assert (whole, code) == (list(range(1, iterations + 1)), 0)
+    moments = random.Random(method)
     done = 0
-    for low, high in ((1, 8), (13, 20), (25, 36)):
-        at = moments.randint(low, high)
+    for _ in range(kills):
+        at = done + 3 + moments.randint(1, 3)
         # Some milliseconds later, in the middle of whatever comes next.
-        heard, code = shoot(runner, tmp_path / "shot", optimizer, at, 0.03 * moments.random())
+        heard, code = shoot(runner, tmp_path / "shot", method, at, 0.02 * moments.random())
         assert code == -signal.SIGKILL
         # The last kill may have come after a checkpoint and before the word of it.
         assert heard[0] in (done + 1, done + 4), "it did not go on from the last checkpoint"
         done = heard[-1] // 3 * 3
-    heard, code = shoot(runner, tmp_path / "shot", optimizer, None)
+    heard, code = shoot(runner, tmp_path / "shot", method, None)
     assert code == 0
     assert heard[0] in (done + 1, done + 4)
-    assert heard[-1] == 40
+    assert heard[-1] == iterations
     first, second = (
         SyntheticPairs.load(tmp_path / name / "set.safetensors") for name in ("whole", "shot")
     )
