@@ -89,7 +89,14 @@ def evaluate(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="A grid in YAML, see sweeps/.")],
-    jobs: Annotated[int, typer.Option(help="Worker processes at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A Dask scheduler instead, tcp://host:port.")
+    ] = None,
+    resource: Annotated[
+        list[str] | None, typer.Option(help="What a point takes of a Dask worker, such as GPU=1.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Of a point that failed.")] = 1,
     data: Data = None,
     results: Results = Path("results"),
     pack: Annotated[bool, typer.Option(help="Pack the records into one file at the end.")] = True,
@@ -98,21 +105,33 @@ def sweep(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Run no more points than this.")] = None,
 ) -> None:
-    """Run every point of a grid that has no record yet, through papermill."""
+    """Carry out every point of a grid that is not done yet, through papermill."""
+    from mmdd.grid import load_sweep, read_sweep
     from mmdd.store import ResultsStore
-    from mmdd.sweep import load_sweep, run_sweep
+    from mmdd.sweep import run_chapters, run_sweep
 
-    runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
-    if data is not None:
-        runtime["data"] = str(data.resolve())
-    points = load_sweep(file, runtime)
-    failed = run_sweep(points, results, jobs=jobs, limit=limit)
-    for run_id, error in failed.items():
-        typer.echo(f"\nFAILED {run_id}:\n{error}", err=True)
+    how: dict[str, Any] = {
+        "processes": jobs,
+        "scheduler": scheduler,
+        "resources": {k: float(v) for k, v in map(_assignment, resource or [])},
+        "retries": retries,
+        "limit": limit,
+    }
+    name = read_sweep(file)[0].sweep
+    if read_sweep(file)[0].notebook is not None:
+        failed = run_chapters(file, results, **how)
+    else:
+        runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
+        if data is not None:
+            runtime["data"] = str(data.resolve())
+        failed = run_sweep(load_sweep(file, runtime), results, **how)
     store = ResultsStore(results)
+    for run_id, error in failed.items():
+        where = store.working_folder(name) / "errors" / f"{run_id}.txt"
+        typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)
     # Points that another sweep has done leave nothing to pack here.
-    if pack and any(store.working_folder(points[0].sweep).glob("*.json")):
-        typer.echo(f"packed into {store.pack(points[0].sweep)}")
+    if pack and any(store.working_folder(name).glob("*.json")):
+        typer.echo(f"packed into {store.pack(name)}")
     raise typer.Exit(code=1 if failed else 0)
 
 
@@ -152,8 +171,8 @@ def _wishes(
     options: dict[str, Any], override: list[str] | None, data: Path | None
 ) -> dict[str, Any]:
     """What was asked for on the command line: `--set` wins over options, `--data` over both."""
+    from mmdd.grid import nest
     from mmdd.presets import merge
-    from mmdd.sweep import nest
 
     wishes = merge(options, nest(dict(_assignment(text) for text in override or [])))
     if data is not None:
@@ -188,7 +207,7 @@ def main() -> None:
     try:
         app()
     except ValidationError as error:
-        from mmdd.sweep import explain
+        from mmdd.grid import explain
 
         typer.echo(f"mmdd: {explain(error)}", err=True)
         raise SystemExit(2) from error

@@ -13,8 +13,10 @@ _PACKAGE = Path(__file__).resolve().parent
 # Modules that only show, fetch or launch: changing them changes no result.
 _WITHOUT_EFFECT = {
     "__main__.py",
+    "board.py",
     "data/download.py",
     "doctor.py",
+    "grid.py",
     "encoders/pairs.py",  # what an entry says counts for the runs that use it: see `entries`
     "plots.py",
     "presets.py",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mmdd.errors import StoreError
 from mmdd.files import atomic_write_text
 
@@ -61,6 +63,11 @@ class ResultsStore:
 
         Raises `StoreError` when the sweep has no record.
         """
+        # Two sweeps that pack at once would each lose what the other has just written.
+        with FileLock(self.folder / f".{sweep}.lock"):
+            return self._pack(sweep)
+
+    def _pack(self, sweep: str) -> Path:
         singles = sorted(self.working_folder(sweep).glob("*.json"))
         target = self.folder / f"{sweep}.jsonl"
         merged: dict[str, dict[str, Any]] = {}

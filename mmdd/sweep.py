@@ -1,120 +1,47 @@
-"""A YAML grid of runs, one papermill execution of the workhorse notebook per point."""
+"""Points of a grid, each one papermill execution in a process of its own, here or on a cluster."""
 
-import itertools
+import ast
+import hashlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tqdm.auto import tqdm
+from filelock import FileLock
 
+from mmdd.board import Board
 from mmdd.config import RunConfig, is_stale
 from mmdd.errors import ConfigError
-from mmdd.presets import merge, preset
+from mmdd.grid import expand, nest, read_sweep
 from mmdd.store import ResultsStore
 
 _STAGGER_SECONDS = 1.0  # kernels that start at the same moment race for ports
+_LINES = 15  # of an error that are shown; all of it is kept in a file
 
 
-class SweepConfig(BaseModel):
-    """A sweep file: a name, a preset, what all points share, and blocks of grids.
+@dataclass(frozen=True)
+class Job:
+    """One papermill execution. name: of its files; label: for people.
 
-    Each block is a product: a key (dots go into nested settings, such as `settings.rho`) with a
-    list of values, or one value. Book: notebooks/run.
+    point: the run that it carries out, or None for a chapter, which is done when its executed
+    notebook is there.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sweep: str
-    preset: str = "small"
-    base: dict[str, Any] = {}
-    grid: list[dict[str, Any]] = Field(min_length=1)
-
-
-def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[RunConfig]:
-    """Every point of a sweep file as a validated run, each once.
-
-    runtime: entries of `RuntimeConfig`, which a sweep file has no business to set. Raises
-    `ConfigError` naming the file and the block for an unknown key, a wrong value, an empty list or
-    a file that is no sweep; nothing runs before all points are valid.
-    """
-    path = Path(path)
-    try:
-        sweep = SweepConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise ConfigError(f"{path} is not a sweep file: {explain(error)}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not a sweep file: {error}") from error
-    points: dict[str, RunConfig] = {}
-    for number, block in enumerate(sweep.grid, 1):
-        axes = {key: value if isinstance(value, list) else [value] for key, value in block.items()}
-        empty = [key for key, values in axes.items() if not values]
-        if empty:
-            raise ConfigError(f"{path}, block {number}: {empty[0]!r} has no value, nothing to run.")
-        taken = [k for k in (*sweep.base, *block) if k.split(".")[0] in ("sweep", "runtime")]
-        if taken:
-            raise ConfigError(
-                f"{path}, block {number}: {taken[0]!r} is no matter of base or grid: `sweep` "
-                "stands at the top of the file, the runtime on the command line."
-            )
-        for values in itertools.product(*axes.values()):
-            chosen = dict(zip(axes, values, strict=True))
-            try:
-                wishes = nest(sweep.base)
-                for key, value in chosen.items():
-                    _put(wishes, key, value)
-                wishes |= {"sweep": sweep.sweep, "runtime": runtime or {}}
-                point = preset(sweep.preset, **wishes)
-            except (ValidationError, ConfigError) as error:
-                described = ", ".join(f"{k}={v}" for k, v in chosen.items())
-                why = explain(error) if isinstance(error, ValidationError) else error
-                raise ConfigError(f"{path}, block {number} ({described}): {why}") from error
-            points.setdefault(point.run_id, point)
-    return list(points.values())
-
-
-def explain(error: ValidationError) -> str:
-    """What pydantic complains of, on one line."""
-    found = []
-    for fault in error.errors():
-        inner = fault.get("ctx", {}).get("error")  # of a validator, such as that of the settings
-        why = (
-            explain(inner)
-            if isinstance(inner, ValidationError)
-            else fault["msg"].removeprefix("Value error, ")
-        )
-        found.append(": ".join(filter(None, [".".join(map(str, fault["loc"])), why])))
-    return "; ".join(found)
-
-
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys put into nested dicts, without touching the values given.
-
-    Raises `ConfigError` for a key below something that is no dict.
-    """
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        _put(nested, key, value)
-    return nested
-
-
-def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        below = target.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"{dotted!r} cannot be set: {parent!r} is {below!r}, not a mapping.")
-        target = below
-    old = target.get(last)
-    if isinstance(old, dict) and isinstance(value, dict):
-        value = merge(old, value)
-    target[last] = deepcopy(value)
+    name: str
+    label: str
+    parameters: dict[str, Any]
+    threads: int = 1
+    point: RunConfig | None = None
 
 
 def run_sweep(
@@ -122,47 +49,225 @@ def run_sweep(
     results_dir: str | Path = "results",
     *,
     notebook: str | Path = "notebooks/run.ipynb",
-    jobs: int = 1,
     limit: int | None = None,
-    progress: bool = True,
+    **how: Any,
 ) -> dict[str, str]:
     """Run every point that the store lacks, each in a process of its own.
 
     limit: run no more than so many, one of each method and protocol before a second of any. Points
-    with `runtime.redo_stale` whose record is stale count as lacking.
+    with `runtime.redo_stale` whose record is stale count as lacking. how: see `run_jobs`.
 
     Returns run id → last lines of what it printed, for the points that failed; the others are in
-    the store. A failing point stops no other. Interrupting keeps finished records and checkpoints.
+    the store. Raises `ConfigError` for a notebook that has no parameters of these names.
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
     missing = [point for point in points if not _is_done(point, store)]
     done = len(points) - len(missing)
-    missing = _one_of_each_first(missing)[:limit]
+    jobs = [
+        Job(
+            point.run_id,
+            f"{point.method} {point.protocol} N={point.pairs} seed {point.seed}",
+            {"config": point.model_dump(mode="json"), "results_dir": str(store.folder.resolve())},
+            point.runtime.threads or 1,
+            point,
+        )
+        for point in _one_of_each_first(missing)[:limit]
+    ]
+    return run_jobs(jobs, store, points[0].sweep, notebook, done=done, **how) if jobs else {}
+
+
+def run_chapters(
+    path: str | Path, results_dir: str | Path = "results", limit: int | None = None, **how: Any
+) -> dict[str, str]:
+    """Execute a chapter once for every point of a sweep file that names one.
+
+    The executed notebooks stand in `<results_dir>/<sweep>/notebooks`; those that are there are not
+    executed again. Returns name → error of those that failed. how: see `run_jobs`. Raises
+    `ConfigError` as `load_sweep`, and for a parameter that the chapter does not declare.
+    Book: notebooks/run.
+    """
+    path = Path(path)
+    sweep, lines = read_sweep(path)
+    if sweep.notebook is None:
+        raise ConfigError(f"{path} names no notebook: its points are runs.")
+    jobs: dict[str, Job] = {}
+    for _, chosen in expand(path, sweep, lines):
+        values = nest(sweep.base | chosen)
+        name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        jobs[name] = Job(name, " ".join(f"{k}={v}" for k, v in chosen.items()), values)
+    store = ResultsStore(results_dir)
+    missing = [job for job in jobs.values() if not _executed(store, sweep.sweep, job).exists()]
+    done = len(jobs) - len(missing)
+    missing = missing[:limit]
+    return run_jobs(missing, store, sweep.sweep, sweep.notebook, done=done, **how)
+
+
+def run_jobs(
+    jobs: list[Job],
+    store: ResultsStore,
+    sweep: str,
+    notebook: str | Path,
+    *,
+    processes: int = 1,
+    scheduler: str | None = None,
+    resources: dict[str, float] | None = None,
+    retries: int = 1,
+    done: int = 0,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Carry out jobs of one notebook; returns name → last lines of the error of those that failed.
+
+    processes: at a time, on this machine. scheduler: address of a Dask scheduler instead, whose
+    workers see the same folders; resources: what each job takes of a worker there, such as
+    {"GPU": 1}. retries: of a job that failed; a run goes on from its checkpoint. done: jobs that
+    were finished before, for the progress table.
+
+    A failing job stops no other; all of its output is kept in `<sweep>/errors/<name>.txt`. A job
+    that another sweep is at is waited for. An interrupt stops what runs, here, and keeps records
+    and checkpoints. Raises `ConfigError` for a notebook without a parameters cell, or a parameter
+    that it does not declare. Book: notebooks/run.
+    """
+    check_notebook(notebook, {key for job in jobs for key in job.parameters})
+    order = (str(store.folder.resolve()), sweep, str(Path(notebook).resolve()), retries)
     failed: dict[str, str] = {}
-    bar = tqdm(total=done + len(missing), initial=done, desc="sweep", disable=not progress)
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        futures = {}
-        for number, point in enumerate(missing):
-            delay = _STAGGER_SECONDS * number if number < jobs else 0.0
-            futures[pool.submit(_execute, point, store, Path(notebook), delay)] = point
+    begun: dict[str, float] = {}
+    with (
+        Board(done + len(jobs), done, begun, progress) as board,
+        _executor(processes, scheduler) as executor,
+    ):
+        waiting: dict[Future[str], Job] = {}
         try:
-            for future in as_completed(futures):
-                error = future.result()
+            for number, job in enumerate(jobs):
+                if scheduler is None:
+                    delay = _STAGGER_SECONDS * number if number < processes else 0.0
+                    future = executor.submit(_begin, job, order, delay, begun)
+                else:
+                    future = executor.submit(execute, job, *order, **_on_a_cluster(resources))
+                waiting[future] = job
+            for future in _finished(waiting, board.refresh):
+                job = waiting[future]
+                error = _outcome(future)
                 if error:
-                    failed[futures[future].run_id] = error
-                bar.update()
-                bar.set_postfix(failed=len(failed))
+                    failed[job.name] = error
+                board.finished(job.name, job.label, error, _score(job, store))
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # or the pool would finish the grid
+            for future in waiting:
+                future.cancel()  # or the pool would finish the grid
+            _stop_all()
             raise
-    bar.close()
     return failed
+
+
+def check_notebook(notebook: str | Path, wanted: Iterable[str]) -> None:
+    """Raise `ConfigError` unless a notebook declares parameters of the wanted names."""
+    try:
+        with open(notebook, encoding="utf-8") as file:
+            cells = json.load(file)["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{notebook} is not a notebook that can be executed: {error}") from error
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if not tagged:
+        raise ConfigError(
+            f"{notebook} has no cell with the tag 'parameters': values would change nothing."
+        )
+    declared = ast.walk(ast.parse("".join(tagged[0]["source"])))
+    known = [n.id for n in declared if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"{notebook} has no parameter {unknown[0]!r}; it declares: {', '.join(known)}."
+        )
+
+
+# -- one job ---------------------------------------------------------------------------------------
+
+_running: set["subprocess.Popen[str]"] = set()
+_stopping = threading.Event()
+
+
+def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int) -> str:
+    """Carry out a job unless it is done; returns the last lines of its error, or nothing."""
+    store = ResultsStore(results_dir)
+    folder = store.working_folder(sweep)
+    for name in ("notebooks", "locks", "errors"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    report = folder / "errors" / f"{job.name}.txt"
+    error = "interrupted"
+    # Another sweep may be at the same point: the later one waits, and finds it done.
+    with FileLock(folder / "locks" / f"{job.name}.lock"):
+        for _ in range(retries + 1):
+            if _stopping.is_set():
+                return error
+            if job.point is not None and _is_done(job.point, store):
+                return ""
+            error = _papermill(job, store, sweep, notebook)
+            if not error:
+                report.unlink(missing_ok=True)
+                return ""
+            report.write_text(error + "\n", encoding="utf-8")
+    return "\n".join(error.splitlines()[-_LINES:])
+
+
+def _papermill(job: Job, store: ResultsStore, sweep: str, notebook: str) -> str:
+    target = _executed(store, sweep, job)
+    part = target.with_suffix(".part.ipynb")
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "ERROR"]
+    command += [notebook, str(part), "--parameters_yaml", yaml.safe_dump(job.parameters)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    _running.add(process)
+    try:
+        out, err = process.communicate()
+    finally:
+        _running.discard(process)
+    if part.exists():
+        part.replace(target if process.returncode == 0 else target.with_suffix(".failed.ipynb"))
+    missing = job.point is not None and not _is_done(job.point, store)
+    if process.returncode == 0 and not missing:
+        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+        return ""
+    ending = f"exit code {process.returncode}" + (", no record written" if missing else "")
+    return f"{(err or out).strip()}\n{ending}"
+
+
+def _begin(
+    job: Job, order: tuple[str, str, str, int], delay: float, begun: dict[str, float]
+) -> str:
+    _stopping.wait(delay)
+    begun[job.name] = time.monotonic()
+    try:
+        return execute(job, *order)
+    finally:
+        begun.pop(job.name, None)
+
+
+def _executed(store: ResultsStore, sweep: str, job: Job) -> Path:
+    return store.working_folder(sweep) / "notebooks" / f"{job.name}.ipynb"
 
 
 def _is_done(point: RunConfig, store: ResultsStore) -> bool:
     found = store.find(point.run_id)
     return found is not None and not (point.runtime.redo_stale and is_stale(found))
+
+
+def _score(job: Job, store: ResultsStore) -> float | None:
+    """The mean recall of a job's students, in percent, if it made a record."""
+    found = None if job.point is None else store.find(job.point.run_id)
+    if found is None:
+        return None
+    means = [student["test"]["mean"] for student in found["students"]]
+    return float(sum(means) / len(means))
+
+
+# -- many jobs -------------------------------------------------------------------------------------
 
 
 def _one_of_each_first(points: list[RunConfig]) -> list[RunConfig]:
@@ -177,26 +282,53 @@ def _one_of_each_first(points: list[RunConfig]) -> list[RunConfig]:
     return [points[i] for i in order]
 
 
-def _execute(point: RunConfig, store: ResultsStore, notebook: Path, delay: float) -> str:
-    time.sleep(delay)
-    folder = store.working_folder(point.sweep) / "notebooks"
-    folder.mkdir(parents=True, exist_ok=True)
-    config = point.model_dump(mode="json")
-    parameters = yaml.safe_dump({"config": config, "results_dir": str(store.folder.resolve())})
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "ERROR"]
-    command += [
-        str(notebook),
-        str(folder / f"{point.run_id}.ipynb"),
-        "--parameters_yaml",
-        parameters,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(point.runtime.threads or 1)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
-    )
-    if done.returncode == 0 and _is_done(point, store):
-        return ""
-    output = (done.stderr or done.stdout).strip()
-    return "\n".join(
-        [*output.splitlines()[-15:], f"exit code {done.returncode}, no record written"]
-    )
+def _on_a_cluster(resources: dict[str, float] | None) -> dict[str, Any]:
+    # pure=False: the same job again, after a failure, is not answered from the scheduler's memory.
+    return {"resources": resources or {}, "pure": False}
+
+
+@contextmanager
+def _executor(processes: int, scheduler: str | None) -> Iterator[Executor | Any]:
+    _stopping.clear()
+    if scheduler is None:
+        with ThreadPoolExecutor(max_workers=processes) as pool:  # a thread waits for each process
+            yield pool
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ConfigError("a cluster needs Dask: pip install 'mmdd[dask]'.") from error
+    with Client(scheduler) as client:
+        yield client
+
+
+def _finished(
+    futures: dict[Any, Job], refresh: Callable[[], None], every: float = 0.5
+) -> Iterator[Any]:
+    """Futures as they finish; `refresh` is called meanwhile."""
+    left = set(futures)
+    local = all(isinstance(future, Future) for future in left)
+    while left:
+        if local:
+            ready, _ = wait(left, timeout=every, return_when=FIRST_COMPLETED)
+        else:
+            time.sleep(every)
+            ready = {future for future in left if future.done()}
+        refresh()
+        yield from ready
+        left -= ready
+
+
+def _outcome(future: Any) -> str:
+    """A job's error, that of its worker included; nothing for a job that went well."""
+    try:
+        return str(future.result())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _stop_all() -> None:
+    """Stop the processes that run, which go on from their checkpoints another time."""
+    _stopping.set()
+    for process in list(_running):
+        process.send_signal(signal.SIGTERM)

@@ -1,5 +1,6 @@
-"""Sweeps: grids become points before anything runs, and points run in processes of their own."""
+"""Points of a sweep run in processes of their own, here or on a cluster, and lose nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,15 +13,13 @@ import nbformat
 import pytest
 import yaml
 
-from mmdd.distill import METHODS, CovMatchConfig
+from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
-from mmdd.presets import preset
-from mmdd.selection import SELECTORS
+from mmdd.grid import load_sweep
 from mmdd.store import ResultsStore
-from mmdd.sweep import _one_of_each_first, load_sweep, nest, run_sweep
+from mmdd.sweep import _one_of_each_first, check_notebook, run_chapters, run_sweep
 
 ROOT = Path(__file__).parents[1]
-KNOWN = ", ".join([*METHODS, *SELECTORS, "full"])
 SMALL: dict[str, Any] = {
     "pairs": 6,
     "dataset": {"train": 40, "val": 20, "test": 20},
@@ -35,124 +34,6 @@ def write(path: Path, **values: Any) -> Path:
         encoding="utf-8",
     )
     return path
-
-
-# -- grids -----------------------------------------------------------------------------------------
-
-
-def test_a_grid_is_a_product(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "s.yaml",
-        base={"seed": 3, "evaluation": {"epochs": 7}},
-        grid=[
-            {"method": "covmatch", "settings.rho": [1, 2], "pairs": [10, 20]},
-            {"method": ["random", "full"], "evaluation.lr_image": 0.5},
-        ],
-    )
-    points = load_sweep(path, {"threads": 2})
-    found = [
-        (p.method, p.pairs, p.settings.rho if isinstance(p.settings, CovMatchConfig) else None)
-        for p in points
-    ]
-    assert found == [
-        ("covmatch", 10, 1.0),
-        ("covmatch", 20, 1.0),
-        ("covmatch", 10, 2.0),
-        ("covmatch", 20, 2.0),
-        ("random", 100, None),
-        ("full", 100, None),
-    ]
-    assert all(p.seed == 3 and p.sweep == "mine" and p.runtime.threads == 2 for p in points)
-    assert [p.evaluation.epochs for p in points] == [7] * 6
-    usual = preset("tiny").evaluation.lr_image
-    assert [p.evaluation.lr_image for p in points] == [usual] * 4 + [0.5] * 2
-    # What the file does not say is the preset's.
-    assert points[4].run_id == preset(
-        "tiny", method="random", seed=3, evaluation={"epochs": 7, "lr_image": 0.5}
-    ).run_id  # fmt: skip
-
-
-def test_a_point_comes_once(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "s.yaml",
-        grid=[
-            {"method": ["random", "full"], "pairs": [10, 20]},  # pairs do not matter to "full"
-            {"method": "random", "pairs": [10, 10]},
-        ],
-    )
-    assert [(p.method, p.pairs) for p in load_sweep(path)] == [
-        ("random", 10),
-        ("random", 20),
-        ("full", 10),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"grid": [{"method": "random"}, {"pears": 3}]}, r"block 2 \(pears=3\): pears: Extra"),
-        ({"grid": [{"pairs": [10, 0]}]}, r"block 1 \(pairs=0\): pairs: "),
-        ({"grid": [{"settings.rhoo": 1}]}, r"block 1 \(settings\.rhoo=1\): rhoo: Extra"),
-        ({"grid": [{"method": "covmach"}]}, f"block 1 .*'covmach' is unknown; known: {KNOWN}"),
-        ({"grid": [{"method": "random", "settings.rho": 1}]}, "block 1 .*'random' has no settings"),
-        ({"grid": [{"pairs": []}]}, "block 1: 'pairs' has no value"),
-        ({"grid": [{"pairs": 3}], "preset": "huge"}, "block 1 .*unknown preset 'huge'"),
-        ({"grid": [{"seed.x": 3}], "base": {"seed": 1}}, r"block 1 .*'seed\.x' cannot be set"),
-        ({"grid": [{"settings.rho": 1}], "base": {"settings": None}}, "'settings' is None"),
-        ({"grid": [{"runtime.threads": 4}]}, r"block 1: 'runtime\.threads' is no matter of"),
-        ({"grid": [{"pairs": 3}], "base": {"runtime": {}}}, "block 1: 'runtime' is no matter of"),
-        ({"grid": [{"sweep": "other"}]}, "block 1: 'sweep' is no matter of"),
-        ({"grid": [{"pairs": 3}], "sweep": "../x"}, "block 1 .*sweep: "),
-        ({"grid": []}, "not a sweep file: grid: "),
-        ({"grid": {"pairs": 3}}, "not a sweep file: grid: "),
-        ({"grid": [{"pairs": 3}], "gird": 1}, "not a sweep file: gird: Extra"),
-        ({}, "not a sweep file: grid: Field required"),
-    ],
-)  # fmt: skip
-def test_a_wrong_sweep_is_named(tmp_path: Path, values: dict, named: str) -> None:
-    path = write(tmp_path / "wrong.yaml", **values)
-    with pytest.raises(ConfigError, match=rf"wrong\.yaml.*{named}") as error:
-        load_sweep(path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["grid: [", "[1, 2]", "", "a: b: c", "\xff\xfe"])
-def test_a_file_that_is_no_sweep(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "wrong.yaml"
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"wrong\.yaml is not a sweep file"):
-        load_sweep(path)
-    with pytest.raises(ConfigError, match="none"):
-        load_sweep(tmp_path / "none.yaml")
-
-
-def test_a_dict_in_a_block_is_put_over_the_base(tmp_path: Path) -> None:
-    path = tmp_path / "grid.yaml"
-    path.write_text(
-        "sweep: merged\npreset: tiny\nbase: {method: random, evaluation: {students: 3}}\n"
-        "grid: [{evaluation: {epochs: 7}, pairs: 5}]\n"
-    )
-    (point,) = load_sweep(path)
-    assert (point.evaluation.students, point.evaluation.epochs) == (3, 7)
-
-
-def test_nest() -> None:
-    shared = {"b": [1]}
-    nested = nest({"a.b.c": 1, "a.d": shared, "e": 2})
-    assert nested == {"a": {"b": {"c": 1}, "d": {"b": [1]}}, "e": 2}
-    nested["a"]["d"]["b"].append(2)
-    assert shared == {"b": [1]}
-    assert nest({"a": {"b": 1}, "a.c": 2}) == {"a": {"b": 1, "c": 2}}
-    with pytest.raises(ConfigError, match=r"'a\.b' cannot be set: 'a' is 1"):
-        nest({"a": 1, "a.b": 2})
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_sweeps_of_the_project(path: Path) -> None:
-    points = load_sweep(path)
-    assert points
-    # Hyphens and underscores aside, records are filed under the file's own name.
-    assert {p.sweep.replace("-", "_") for p in points} == {path.stem.replace("-", "_")}
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -173,7 +54,7 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     points = load_sweep(path, {"threads": 1, "device": "cpu"})
     results = tmp_path / "results"
-    failed = run_sweep(points, results, jobs=2, progress=False)
+    failed = run_sweep(points, results, processes=2, progress=False)
     assert list(failed) == [points[1].run_id]
     assert "cannot choose 41 pairs: the train split of 'scenes' has 40." in failed[points[1].run_id]
     store = ResultsStore(results)
@@ -217,6 +98,202 @@ def test_one_of_each_kind_comes_first(tmp_path: Path) -> None:
     ordered = _one_of_each_first(points)
     assert [p.method for p in ordered] == ["random", "full", "dm"] * 2
     assert [p.seed for p in ordered] == [0, 0, 0, 1, 1, 1]
+
+
+# What stands in for a run: it needs no encoder, and its record says how often it was carried out.
+RECORDER = """
+import json, os, time
+from pathlib import Path
+from mmdd.config import RunConfig
+from mmdd.store import ResultsStore
+run_config = RunConfig.model_validate(config)
+folder = Path(results_dir)
+with open(folder / "attempts.txt", "a") as file:
+    file.write(f"{run_config.run_id} {os.getpid()}\\n")
+time.sleep(seconds)
+if run_config.seed == 13:
+    raise ValueError("an unlucky seed")
+ResultsStore(folder).write({
+    "schema": 1, "run_id": run_config.run_id, "sweep": run_config.sweep,
+    "config": run_config.identity(), "environment": {"source_hash": run_config.source_hash},
+    "students": [{"test": {"mean": 12.5}}, {"test": {"mean": 13.5}}], "seed": run_config.seed,
+})
+"""
+
+
+def make_notebook(path: Path, code: str, parameters: str = "") -> Path:
+    cells = [nbformat.v4.new_code_cell(code)]
+    if parameters:
+        tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+        cells.insert(0, tagged)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+def recorder(tmp_path: Path, seconds: float = 0.0) -> Path:
+    parameters = f"config, results_dir, seconds = {{}}, None, {seconds}"
+    return make_notebook(tmp_path / "recorder.ipynb", RECORDER, parameters)
+
+
+def seeds(tmp_path: Path, *numbers: int) -> list[RunConfig]:
+    (tmp_path / "results").mkdir(exist_ok=True)
+    path = write(tmp_path / "s.yaml", base={"method": "random"}, grid=[{"seed": list(numbers)}])
+    return load_sweep(path)
+
+
+def attempts(tmp_path: Path) -> list[tuple[str, int]]:
+    path = tmp_path / "results" / "attempts.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+
+@pytest.mark.notebook
+def test_a_failing_point_is_tried_again_and_told_of(tmp_path: Path) -> None:
+    points = seeds(tmp_path, 1, 13)
+    failed = run_sweep(
+        points, tmp_path / "results", notebook=recorder(tmp_path), retries=2, progress=False
+    )
+    unlucky = points[1].run_id
+    assert list(failed) == [unlucky]
+    assert "an unlucky seed" in failed[unlucky]
+    assert [name for name, _ in attempts(tmp_path)].count(unlucky) == 3
+    folder = tmp_path / "results" / "mine"
+    assert "an unlucky seed" in (folder / "errors" / f"{unlucky}.txt").read_text()
+    assert (folder / "notebooks" / f"{unlucky}.failed.ipynb").exists()
+    assert (folder / "notebooks" / f"{points[0].run_id}.ipynb").exists()
+    assert not list((folder / "errors").glob(f"{points[0].run_id}*"))
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
+    """Kernels are shot while they work; every point has its record in the end."""
+    points = seeds(tmp_path, *range(4))
+    shot: list[int] = []
+
+    def shoot() -> None:
+        while len(shot) < 3 and not stop.is_set():
+            path = tmp_path / "results" / "attempts.txt"
+            alive = (
+                [pid for _, pid in attempts(tmp_path) if pid not in shot] if path.exists() else []
+            )
+            if alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(alive[-1], signal.SIGKILL)
+                    shot.append(alive[-1])
+            time.sleep(0.2)
+
+    stop = threading.Event()
+    killer = threading.Thread(target=shoot, daemon=True)
+    killer.start()
+    try:
+        failed = run_sweep(
+            points,
+            tmp_path / "results",
+            notebook=recorder(tmp_path, 1.0),
+            processes=2,
+            retries=4,
+            progress=False,
+        )
+    finally:
+        stop.set()
+        killer.join()
+    assert len(shot) == 3
+    assert failed == {}
+    store = ResultsStore(tmp_path / "results")
+    assert {r["run_id"] for r in store.records()} == {p.run_id for p in points}
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_two_sweeps_on_one_store(tmp_path: Path) -> None:
+    """Each point is carried out once, and packing at the same time loses no record."""
+    points = seeds(tmp_path, 0, 1, 2)
+    notebook = recorder(tmp_path, 0.5)
+    outcomes: list[dict[str, str]] = []
+
+    def sweep(order: list[RunConfig]) -> None:
+        outcomes.append(run_sweep(order, tmp_path / "results", notebook=notebook, progress=False))
+        ResultsStore(tmp_path / "results").pack("mine")
+
+    threads = [threading.Thread(target=sweep, args=(o,)) for o in (points, points[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [{}, {}]
+    assert sorted(name for name, _ in attempts(tmp_path)) == sorted(p.run_id for p in points)
+    lines = (tmp_path / "results" / "mine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["run_id"] for line in lines] == sorted(p.run_id for p in points)
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_a_cluster(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    points = seeds(tmp_path, 0, 1, 13)
+    with distributed.LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        resources={"GPU": 1},
+    ) as cluster:
+        failed = run_sweep(
+            points,
+            tmp_path / "results",
+            notebook=recorder(tmp_path),
+            scheduler=cluster.scheduler_address,
+            resources={"GPU": 1},
+            retries=0,
+            progress=False,
+        )
+    assert list(failed) == [points[2].run_id]
+    assert "an unlucky seed" in failed[points[2].run_id]
+    assert {r["seed"] for r in ResultsStore(tmp_path / "results").records()} == {0, 1}
+
+
+@pytest.mark.notebook
+def test_a_chapter_for_every_point(tmp_path: Path) -> None:
+    chapter = make_notebook(
+        tmp_path / "chapter.ipynb", "assert b != 2\nprint('sum', a + b)", "a = 0\nb = 0"
+    )
+    path = write(tmp_path / "s.yaml", notebook=str(chapter), base={"a": 1}, grid=[{"b": [1, 2]}])
+    failed = run_chapters(path, tmp_path / "results", retries=0, progress=False)
+    assert len(failed) == 1
+    assert "assert b != 2" in next(iter(failed.values()))
+    [executed] = [
+        p
+        for p in (tmp_path / "results" / "mine" / "notebooks").glob("*.ipynb")
+        if "failed" not in p.name
+    ]
+    assert "sum 2" in executed.read_text()
+    before = executed.stat().st_mtime_ns
+    assert len(run_chapters(path, tmp_path / "results", retries=0, progress=False)) == 1
+    assert executed.stat().st_mtime_ns == before
+    wrong = write(tmp_path / "w.yaml", notebook=str(chapter), grid=[{"c": 1}])
+    with pytest.raises(ConfigError, match="has no parameter 'c'; it declares: a, b"):
+        run_chapters(wrong, tmp_path / "results", progress=False)
+
+
+def test_notebooks_that_cannot_be_swept(tmp_path: Path) -> None:
+    plain = make_notebook(tmp_path / "plain.ipynb", "x = 1")
+    with pytest.raises(ConfigError, match=r"plain\.ipynb has no cell with the tag 'parameters'"):
+        check_notebook(plain, [])
+    other = make_notebook(tmp_path / "other.ipynb", "x = 1", "config = {}")
+    check_notebook(other, ["config"])
+    with pytest.raises(ConfigError, match="has no parameter 'results_dir'; it declares: config"):
+        check_notebook(other, ["config", "results_dir"])
+    (tmp_path / "text.ipynb").write_text("no notebook")
+    for name in ("text.ipynb", "none.ipynb"):
+        with pytest.raises(ConfigError, match=f"{name} is not a notebook"):
+            check_notebook(tmp_path / name, [])
+    with pytest.raises(ConfigError, match=r"none\.ipynb is not a notebook"):
+        run_sweep(seeds(tmp_path, 1), tmp_path / "results", notebook=tmp_path / "none.ipynb")
+    with pytest.raises(ConfigError, match="names no notebook"):
+        run_chapters(tmp_path / "s.yaml", tmp_path / "results")
 
 
 @pytest.fixture
@@ -280,5 +357,3 @@ def test_a_point_without_a_record_has_failed(tmp_path: Path, waiting_notebook: P
     points = load_sweep(write(tmp_path / "s.yaml", base=SMALL, grid=[{"method": "random"}]))
     failed = run_sweep(points, results, notebook=waiting_notebook, progress=False)
     assert "exit code 0, no record written" in failed[points[0].run_id]
-    failed = run_sweep(points, results, notebook=tmp_path / "none.ipynb", progress=False)
-    assert "none.ipynb" in failed[points[0].run_id]

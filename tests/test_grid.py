@@ -1,0 +1,232 @@
+"""Grids become points, all of them checked and each once, before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmdd.distill import METHODS, CovMatchConfig
+from mmdd.errors import ConfigError
+from mmdd.grid import Lines, expand, load_sweep, nest, read_sweep
+from mmdd.presets import preset
+from mmdd.selection import SELECTORS
+
+ROOT = Path(__file__).parents[1]
+KNOWN = ", ".join([*METHODS, *SELECTORS, "full"])
+
+
+def write(path: Path, **values: Any) -> Path:
+    path.write_text(
+        yaml.safe_dump({"sweep": "mine", "preset": "tiny"} | values, sort_keys=False),
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_grid_is_a_product(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        base={"seed": 3, "evaluation": {"epochs": 7}},
+        grid=[
+            {"method": "covmatch", "settings.rho": [1, 2], "pairs": [10, 20]},
+            {"method": ["random", "full"], "evaluation.lr_image": 0.5},
+        ],
+    )
+    points = load_sweep(path, {"threads": 2})
+    found = [
+        (p.method, p.pairs, p.settings.rho if isinstance(p.settings, CovMatchConfig) else None)
+        for p in points
+    ]
+    assert found == [
+        ("covmatch", 10, 1.0),
+        ("covmatch", 20, 1.0),
+        ("covmatch", 10, 2.0),
+        ("covmatch", 20, 2.0),
+        ("random", 100, None),
+        ("full", 100, None),
+    ]
+    assert all(p.seed == 3 and p.sweep == "mine" and p.runtime.threads == 2 for p in points)
+    assert [p.evaluation.epochs for p in points] == [7] * 6
+    usual = preset("tiny").evaluation.lr_image
+    assert [p.evaluation.lr_image for p in points] == [usual] * 4 + [0.5] * 2
+    # What the file does not say is the preset's.
+    assert points[4].run_id == preset(
+        "tiny", method="random", seed=3, evaluation={"epochs": 7, "lr_image": 0.5}
+    ).run_id  # fmt: skip
+
+
+def test_a_point_comes_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        grid=[
+            {"method": ["random", "full"], "pairs": [10, 20]},  # pairs do not matter to "full"
+            {"method": "random", "pairs": [10, 10]},
+        ],
+    )
+    assert [(p.method, p.pairs) for p in load_sweep(path)] == [
+        ("random", 10),
+        ("random", 20),
+        ("full", 10),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"grid": [{"method": "random"}, {"pears": 3}]}, r"line 5 \(pears=3\): pears: Extra"),
+        ({"grid": [{"pairs": [10, 0]}]}, r"line 4 \(pairs=0\): pairs: "),
+        ({"grid": [{"method": "dm", "pairs": 0}]}, r"line 5 \(method=dm, pairs=0\): pairs: "),
+        ({"grid": [{"settings.rhoo": 1}]}, r"line 4 \(settings\.rhoo=1\): rhoo: Extra"),
+        ({"base": {"evaluation": {"epoch": 1}}, "grid": [{}]}, r"line 4 .*evaluation\.epoch: Ex"),
+        ({"grid": [{"method": "covmach"}]}, f"line 4 .*'covmach' is unknown; known: {KNOWN}"),
+        ({"grid": [{"method": "random", "settings.rho": 1}]}, "line 4 .*'random' has no settings"),
+        ({"grid": [{"method": "full", "pairs": []}]}, "line 5: 'pairs' has no value"),
+        ({"grid": [{"pairs": 3}], "preset": "huge"}, "line 4 .*unknown preset 'huge'"),
+        ({"grid": [{"seed.x": 3}], "base": {"seed": 1}}, r"line 4: 'seed\.x' cannot be set"),
+        ({"grid": [{"settings.rho": 1}], "base": {"settings": None}}, "'settings' is None"),
+        ({"grid": [{"runtime.threads": 4}]}, r"line 4: 'runtime\.threads' is no matter of"),
+        ({"grid": [{"pairs": 3}], "base": {"runtime": {}}}, "line 4: 'runtime' is no matter of"),
+        ({"grid": [{"sweep": "other"}]}, "line 4: 'sweep' is no matter of"),
+        ({"grid": [{"pairs": 3}], "sweep": "../x"}, "not a sweep file: sweep: "),
+        ({"grid": [{"zip": {"pairs": [1, 2], "seed": [1]}}]}, "line 4: .*pairs has 2, seed has 1"),
+        ({"grid": [{"zip": {"pairs": []}}]}, "line 4: 'pairs' has no value"),
+        ({"grid": [{"zip": [1]}]}, "line 4: zip is a mapping of lists"),
+        ({"grid": [{"exclude": {"pairs": 3}}]}, "exclude a list of mappings"),
+        ({"grid": [{"pairs": 3, "exclude": [3]}]}, "line 5: 3 is no mapping"),
+        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 4}]}]}, "line 5: no point has pairs=4"),
+        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 3}]}]}, "line 4: everything is excluded"),
+        ({"grid": [{"pairs": 3, "seed": 1}], "seeds": [0]}, "line 4: the file has seeds"),
+        ({"grid": [{"pairs": 3}], "seeds": []}, "not a sweep file: seeds: "),
+        (
+            {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 4}, "set": {"seed": 1}}]},
+            "line 6: no point has pairs=4, nothing to override",
+        ),
+        ({"grid": [{"pairs": 3}], "override": [{"when": {}}]}, r"override\.0\.set: Field required"),
+        ({"grid": [{"pairs": 3}], "notebook": "x.ipynb"}, "x.ipynb, which makes no records"),
+        ({"grid": []}, "not a sweep file: grid: "),
+        ({"grid": {"pairs": 3}}, "not a sweep file: grid: "),
+        ({"grid": [{"pairs": 3}], "gird": 1}, "not a sweep file: gird: Extra"),
+        ({}, "not a sweep file: grid: Field required"),
+    ],
+)  # fmt: skip
+def test_a_wrong_sweep_is_named(tmp_path: Path, values: dict, named: str) -> None:
+    path = write(tmp_path / "wrong.yaml", **values)
+    with pytest.raises(ConfigError, match=rf"wrong\.yaml.*{named}") as error:
+        load_sweep(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["grid: [", "[1, 2]", "", "a: b: c", "\xff\xfe"])
+def test_a_file_that_is_no_sweep(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"wrong\.yaml is not a sweep file"):
+        load_sweep(path)
+    with pytest.raises(ConfigError, match="none"):
+        load_sweep(tmp_path / "none.yaml")
+
+
+def test_a_dict_in_a_block_is_put_over_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "sweep: merged\npreset: tiny\nbase: {method: random, evaluation: {students: 3}}\n"
+        "grid: [{evaluation: {epochs: 7}, pairs: 5}]\n"
+    )
+    (point,) = load_sweep(path)
+    assert (point.evaluation.students, point.evaluation.epochs) == (3, 7)
+
+
+def test_nest() -> None:
+    shared = {"b": [1]}
+    nested = nest({"a.b.c": 1, "a.d": shared, "e": 2})
+    assert nested == {"a": {"b": {"c": 1}, "d": {"b": [1]}}, "e": 2}
+    nested["a"]["d"]["b"].append(2)
+    assert shared == {"b": [1]}
+    assert nest({"a": {"b": 1}, "a.c": 2}) == {"a": {"b": 1, "c": 2}}
+    with pytest.raises(ConfigError, match=r"'a\.b' cannot be set: 'a' is 1"):
+        nest({"a": 1, "a.b": 2})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_sweeps_of_the_project(path: Path) -> None:
+    points = load_sweep(path)
+    assert points
+    # Hyphens and underscores aside, records are filed under the file's own name.
+    assert {p.sweep.replace("-", "_") for p in points} == {path.stem.replace("-", "_")}
+
+
+def test_zipped_keys_go_together(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        grid=[{"pairs": [10, 20], "zip": {"settings.rho": [1, 2], "settings.lambda_": [0.5, 0.1]}}],
+    )
+    found = [(p.pairs, p.settings.rho, p.settings.lambda_) for p in load_sweep(path)]  # type: ignore[union-attr]
+    assert found == [(10, 1, 0.5), (10, 2, 0.1), (20, 1, 0.5), (20, 2, 0.1)]
+
+
+def test_excluded_points_are_left_out(tmp_path: Path) -> None:
+    rules = [{"method": "random", "pairs": [20, 30]}, {"seed": 1, "pairs": 10}]
+    path = write(
+        tmp_path / "s.yaml",
+        grid=[
+            {"method": ["random", "dm"], "pairs": [10, 20, 30], "seed": [0, 1], "exclude": rules}
+        ],
+    )
+    found = [(p.method, p.pairs, p.seed) for p in load_sweep(path)]
+    assert found == [
+        ("random", 10, 0),
+        ("dm", 10, 0),
+        ("dm", 20, 0),
+        ("dm", 20, 1),
+        ("dm", 30, 0),
+        ("dm", 30, 1),
+    ]
+
+
+def test_seeds_and_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        base={"protocol": "both"},
+        grid=[{"method": "covmatch", "pairs": [10, 20]}, {"method": "random", "pairs": 10}],
+        seeds=[3, 4],
+        override=[
+            {"when": {"method": "covmatch"}, "set": {"settings.rho": 3, "settings.lambda_": 0.7}},
+            {"when": {"protocol": "both", "pairs": 20}, "set": {"settings.rho": 4}},
+        ],
+    )
+    points = load_sweep(path)
+    assert [(p.method, p.pairs, p.seed) for p in points] == [
+        ("covmatch", 10, 3),
+        ("covmatch", 20, 3),
+        ("covmatch", 10, 4),
+        ("covmatch", 20, 4),
+        ("random", 10, 3),
+        ("random", 10, 4),
+    ]
+    rhos = [p.settings.rho for p in points[:4]]  # type: ignore[union-attr]
+    assert rhos == [3, 4, 3, 4]
+    assert points[1].settings.lambda_ == 0.7  # type: ignore[union-attr]
+
+
+def test_a_grid_of_a_chapter(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml", notebook="x.ipynb", base={"a": 1}, grid=[{"b": [1, 2]}], seeds=[0, 1]
+    )
+    sweep, lines = read_sweep(path)
+    assert [values for _, values in expand(path, sweep, lines)] == [
+        {"b": 1, "seed": 0},
+        {"b": 2, "seed": 0},
+        {"b": 1, "seed": 1},
+        {"b": 2, "seed": 1},
+    ]
+
+
+def test_lines() -> None:
+    lines = Lines("a: 1\n# a remark\ngrid:\n  - x: 1\n    y: [1,\n        2]\n  - {z: 3}\n")
+    assert lines.of("a") == 1
+    assert lines.of("grid") == 3
+    assert lines.of("grid", 0, "y") == 5
+    assert lines.of("grid", 1, "z") == lines.of("grid", 1) == 7
+    assert lines.of("grid", 1, "missing", 3) == 7
+    assert lines.of("missing") == 1
