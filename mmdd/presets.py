@@ -118,12 +118,15 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("tesla", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("lors", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
-    ("repblend", "scenes-tiny", "image+text_head"): _TRAJECTORY | {"lr_similarity": 0.003},
-    ("repblend", "scenes-tiny", "heads"): _TRAJECTORY | {"lr_similarity": 0.003},
-    ("lors", "scenes-tiny", "heads"): _TRAJECTORY | {"lr_similarity": 0.003},
+    ("repblend", "scenes-tiny", "image+text_head"): _TRAJECTORY
+    | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
+    ("repblend", "scenes-tiny", "heads"): _TRAJECTORY
+    | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
+    ("lors", "scenes-tiny", "heads"): _TRAJECTORY
+    | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
     ("mtt", "scenes-tiny", "heads"): _TRAJECTORY,
     ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
-    | {"lr_similarity": 0.003, "max_start_text": 4},
+    | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
     # On photos one trial was looked at, and none under `both`: starting values, not a search.
