@@ -208,6 +208,8 @@ def preset(name: str, **wishes: Any) -> RunConfig:
         settings = TUNED.get((method, pair, protocol), {})
         if name == "tiny" and settings:
             settings = settings | {"iterations": min(_TINY[method], settings["iterations"])}
+            if "experts" in settings:  # an epoch has 16 steps here
+                settings = merge(settings, {"experts": {"count": 4, "snapshot_every": 2}})
     students = _PAPER_STUDENTS if name == "paper" else STUDENTS
     chosen = {"evaluation": students.get((pair, protocol), {})}
     if settings:

@@ -1,5 +1,6 @@
 """Presets: complete settings by name, the papers' numbers, and wishes that win."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mmdd.encoders import PAIRS
 from mmdd.errors import ConfigError
 from mmdd.presets import PAPER, STUDENTS, TUNED, merge, preset
 from mmdd.protocols import PROTOCOLS
+from mmdd.runs import run
 
 NAMES = ("tiny", "small", "photos", "gpu", "paper")
 
@@ -49,6 +51,27 @@ def test_every_method_has_a_run_of_every_size(name: str, method: str) -> None:
     if name == "paper":
         follows = method in ("mtt", "tesla", "tesla-wbce", "lors", "amd")
         assert config.model.pair == ("nfnet-bert-lors" if follows else "nfnet-bert")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_smallest_run_of_every_method(method: str, tmp_path: Path) -> None:
+    """Settings that contradict each other, such as too few snapshots, show when it runs."""
+    settings: dict[str, Any] = {"iterations": 2}
+    if "experts" in METHODS[method].config.model_fields:
+        settings["experts"] = {"count": 2}
+    config = preset(
+        "tiny",
+        method=method,
+        protocol="image+text_head",
+        pairs=5,
+        settings=settings,
+        evaluation={"students": 1, "epochs": 1, "scores": 1},
+        runtime={"progress": False, "device": "cpu", "experts": str(tmp_path / "experts")},
+    )
+    record = run(config, tmp_path)
+    assert record["cost"]["iterations"] == 2
+    assert 0 <= record["students"][0]["test"]["mean"] <= 100
 
 
 def test_unknown_names_and_keys() -> None:
