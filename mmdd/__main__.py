@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from mmdd.errors import DownloadError, MmddError
+from mmdd.errors import ConfigError, DownloadError, MmddError
 
 app = typer.Typer(
     help="Multimodal dataset distillation: run, evaluate and sweep.",
@@ -84,6 +84,51 @@ def evaluate(
     students = evaluate_file(file, config)
     for student in students:
         typer.echo(f"student {student['student_seed']}: mean {student['test']['mean']:.2f}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
+    draw: Annotated[Path | None, typer.Option(help="A PNG file to draw its images to.")] = None,
+) -> None:
+    """Print what a distilled set is and where it is from; draw it."""
+    from mmdd.synthetic import SyntheticPairs
+
+    pairs = SyntheticPairs.load(file)
+    typer.echo(repr(pairs))
+    for key, value in pairs.metadata.items():
+        if not isinstance(value, list | dict):
+            typer.echo(f"{key:<20} {value}")
+    similarity = "identity" if pairs.similarity is None else pairs.similarity.kind
+    typer.echo(f"{'similarity':<20} {similarity}")
+    rates = ", ".join(f"{part} {rate:.3g}" for part, rate in pairs.learning_rates.items())
+    typer.echo(f"{'learned rates':<20} {rates or 'none'}")
+    if draw is not None:
+        from PIL import Image
+
+        from mmdd.plots import image_grid
+
+        grid = image_grid(pairs.images.permute(0, 2, 3, 1).numpy())
+        Image.fromarray(grid).save(draw)
+        typer.echo(f"{'drawn to':<20} {draw}")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
+    to: Annotated[Path, typer.Argument(help="The folder, or file, to write.")],
+    form: Annotated[
+        str, typer.Option("--as", help="folder (PNG and a table), dataset (with a card), tensors.")
+    ] = "folder",
+) -> None:
+    """Write a distilled set in a form that other code reads without mmdd."""
+    from mmdd.export import export_dataset, export_folder, export_tensors
+    from mmdd.synthetic import SyntheticPairs
+
+    forms = {"folder": export_folder, "dataset": export_dataset, "tensors": export_tensors}
+    if form not in forms:
+        raise ConfigError(f"unknown form {form!r}; known: {', '.join(forms)}.")
+    typer.echo(f"written: {forms[form](SyntheticPairs.load(file), to)}")
 
 
 @app.command()

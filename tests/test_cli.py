@@ -60,7 +60,16 @@ def test_the_command_in_a_process_of_its_own() -> None:
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("prepare", "run", "evaluate", "sweep", "experts", "doctor"):
+    for command in (
+        "prepare",
+        "run",
+        "evaluate",
+        "inspect",
+        "export",
+        "sweep",
+        "experts",
+        "doctor",
+    ):
         assert command in result.output
 
 
@@ -121,9 +130,25 @@ def test_set_wins_over_options(call: Call, tmp_path: Path) -> None:
     assert next(iter(ResultsStore(tmp_path).records()))["config"]["seed"] == 9
 
 
+def test_a_set_is_shown_and_taken_elsewhere(call: Call, tmp_path: Path) -> None:
+    file = ROOT / "results" / "shown" / "scenes-covmatch-50.safetensors"
+    picture = tmp_path / "set.png"
+    code, output, _ = call("inspect", str(file), "--draw", str(picture))
+    assert code == 0
+    for fact in ("50 pairs", "covmatch", "image+text_head", "MIT", "identity"):
+        assert fact in output
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    for form in ("folder", "dataset", "tensors"):
+        code, output, _ = call("export", str(file), str(tmp_path / form), "--as", form)
+        assert code == 0
+        assert str(tmp_path / form) in output
+        assert (tmp_path / form).exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["export", "missing.safetensors", "x"], "missing.safetensors does not exist"),
         (["run", "--method", "covmach"], f"method 'covmach' is unknown; known: {KNOWN}"),
         (["run", "--preset", "huge"], "unknown preset 'huge'"),
         (["run", "--pairs", "0"], "pairs: Input should be greater"),

@@ -1,0 +1,146 @@
+"""Distilled sets elsewhere: read back by libraries that know nothing of this project."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmdd.errors import ConfigError
+from mmdd.export import dataset_card, export_dataset, export_folder, export_tensors
+from mmdd.similarity import LowRankSimilarity
+from mmdd.synthetic import SyntheticPairs
+
+
+@pytest.fixture
+def pairs() -> SyntheticPairs:
+    generator = torch.Generator().manual_seed(0)
+    similarity = LowRankSimilarity(3, rank=2, alpha=1.0)
+    with torch.no_grad():
+        similarity.right += torch.rand(3, 2, generator=generator)
+    return SyntheticPairs(
+        torch.rand(3, 3, 8, 6, generator=generator) * 1.5 - 0.25,  # beyond black and white
+        torch.randn(3, 4, 5, generator=generator),
+        text_mask=torch.tensor([[True] * 4, [True, True, False, False], [True] * 4]),
+        similarity=similarity,
+        learning_rates={"image": 0.25, "text_head": 0.5},
+        metadata={
+            "dataset": "scenes",
+            "method": "lors",
+            "protocol": "both",
+            "licence": "MIT",
+            "source_images": [7, 8, 9],
+            "source_captions": [0, 1, 2],
+        },
+    )
+
+
+def check_tensors(path: Path, pairs: SyntheticPairs) -> None:
+    found = load_file(path)
+    assert set(found) == {
+        *("images", "texts", "text_mask", "similarity"),
+        *("learning_rate.image", "learning_rate.text_head"),
+    }
+    assert torch.equal(found["images"], pairs.images)
+    assert torch.equal(found["texts"], pairs.texts)
+    assert pairs.text_mask is not None
+    assert torch.equal(found["text_mask"], pairs.text_mask)
+    assert pairs.similarity is not None
+    assert torch.equal(found["similarity"], pairs.similarity.matrix())
+    assert found["learning_rate.image"].item() == 0.25
+
+
+def check_picture(path: Path, image: torch.Tensor) -> None:
+    shown = np.asarray(Image.open(path)).astype(float) / 255
+    expected = image.clamp(0, 1).permute(1, 2, 0).numpy()
+    assert shown.shape == (8, 6, 3)
+    assert np.abs(shown - expected).max() <= 0.5 / 255 + 1e-6
+
+
+def test_plain_tensors(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    check_tensors(export_tensors(pairs, tmp_path / "a" / "x.safetensors"), pairs)
+    bare = SyntheticPairs(pairs.images, pairs.texts[:, 0])
+    assert set(load_file(export_tensors(bare, tmp_path / "y.safetensors"))) == {"images", "texts"}
+
+
+def test_a_folder(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    folder = export_folder(pairs, tmp_path / "deep" / "set")
+    check_tensors(folder / "pairs.safetensors", pairs)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert [(r["pair"], r["source_image"], r["source_caption"]) for r in rows] == [
+        (0, 7, 0),
+        (1, 8, 1),
+        (2, 9, 2),
+    ]
+    for row, image in zip(rows, pairs.images, strict=True):
+        check_picture(folder / row["image"], image)
+    assert os.listdir(tmp_path / "deep") == ["set"]
+
+
+def test_a_dataset_with_its_card(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    """In the layout of `imagefolder`: pictures and metadata.jsonl in a split's folder."""
+    folder = export_dataset(pairs, tmp_path / "set", name='A "small" set')
+    rows = [
+        json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()
+    ]
+    assert [row["file_name"] for row in rows] == ["000000.png", "000001.png", "000002.png"]
+    for row, image in zip(rows, pairs.images, strict=True):
+        check_picture(folder / "train" / row["file_name"], image)
+    check_tensors(folder / "pairs.safetensors", pairs)
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "mit"
+    assert front["pretty_name"] == 'A "small" set'
+    for fact in (
+        "3 image–text pairs",
+        "image 0.25, text_head 0.5",
+        "8 × 6",
+        "scenes by lors",
+        "token embeddings",
+        "low_rank",
+    ):
+        assert fact in card
+    bare = dataset_card(SyntheticPairs(pairs.images, pairs.texts), "x")
+    assert "an unnamed dataset by an unnamed method" in bare
+    assert "license: other" in bare
+    assert "learned with the set: none." in bare
+
+
+@pytest.mark.parametrize("export", [export_folder, export_dataset])
+def test_nothing_is_overwritten(pairs: SyntheticPairs, tmp_path: Path, export) -> None:
+    (tmp_path / "set").mkdir()
+    export(pairs, tmp_path / "set")  # an empty folder is as good as none
+    before = sorted(p.name for p in (tmp_path / "set").iterdir())
+    with pytest.raises(ConfigError, match="set exists and is not empty"):
+        export(pairs, tmp_path / "set")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file exists"):
+        export(pairs, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == before
+    assert sorted(os.listdir(tmp_path)) == ["file", "set"]
+
+
+def test_a_stock_loop_trains_on_the_tensors(tmp_path: Path) -> None:
+    """Plain PyTorch on an exported file: two linear maps learn which text is whose."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = SyntheticPairs(
+        torch.rand(16, 3, 4, 4, generator=generator), torch.randn(16, 10, generator=generator)
+    )
+    data = load_file(export_tensors(pairs, tmp_path / "x.safetensors"))
+    torch.manual_seed(0)
+    image, text = torch.nn.Linear(48, 8), torch.nn.Linear(10, 8)
+    optimizer = torch.optim.Adam([*image.parameters(), *text.parameters()], lr=0.05)
+    for _ in range(60):
+        z = torch.nn.functional.normalize(image(data["images"].flatten(1)), dim=1)
+        t = torch.nn.functional.normalize(text(data["texts"]), dim=1)
+        loss = torch.nn.functional.cross_entropy(z @ t.T / 0.07, torch.arange(16))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (z @ t.T).argmax(dim=1).tolist() == list(range(16))
