@@ -7,6 +7,7 @@ The two kinds are kept apart. `PAPER` holds what the authors published for their
 from typing import Any, Literal
 
 from mmdd.config import RunConfig
+from mmdd.distill import METHODS
 from mmdd.errors import ConfigError
 from mmdd.tables import GIVE_UP_A_PAIR
 
@@ -149,6 +150,13 @@ STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar-minilm", "both"): {"lr_image": 0.01, "lr_text": 0.01, "epochs": 25, "scores": 3},
 }
 
+# The warm-up behind the selections, by the encoder pair that it trains. Rates chosen on validation
+# (`sweeps/tune_selection*.yaml`); the choice is flat. Papers' encoders: the defaults, MDM's.
+SELECTION: dict[str, dict[str, Any]] = {
+    "scenes-tiny": {"lr_image": 0.03, "lr_heads": 1.0},
+    "cifar-minilm": {"lr_image": 0.03, "lr_heads": 1.0},
+}
+
 # The trajectory papers have no image projection and a text head of two layers.
 _PAPER_PAIRS = dict.fromkeys(("mtt", "tesla", "tesla-wbce", "lors", "amd"), "nfnet-bert-lors")
 
@@ -212,9 +220,19 @@ def preset(name: str, **wishes: Any) -> RunConfig:
                 settings = merge(settings, {"experts": {"count": 4, "snapshot_every": 2}})
     students = _PAPER_STUDENTS if name == "paper" else STUDENTS
     chosen = {"evaluation": students.get((pair, protocol), {})}
+    if name != "paper":
+        chosen["selection"] = SELECTION.get(_selecting_pair(method, values, pair), {})
     if settings:
         chosen["settings"] = settings
     return RunConfig.model_validate(merge(chosen, values))
+
+
+def _selecting_pair(method: str, values: dict[str, Any], pair: str) -> str:
+    """The encoder pair that a selection goes by: a selection alone is made for its students."""
+    if method in METHODS or not values.get("student"):
+        return pair
+    student = values["student"]
+    return str(student["pair"]) if isinstance(student, dict) and "pair" in student else pair
 
 
 def _paper_settings(method: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mmdd.config import RunConfig
 from mmdd.distill import METHODS, CovMatchConfig
 from mmdd.encoders import PAIRS
 from mmdd.errors import ConfigError
-from mmdd.presets import PAPER, STUDENTS, TUNED, merge, preset
+from mmdd.presets import PAPER, SELECTION, STUDENTS, TUNED, merge, preset
 from mmdd.protocols import PROTOCOLS
 from mmdd.runs import run
 
@@ -172,6 +172,28 @@ def test_students_are_the_same_for_all_methods() -> None:
         ]
         assert found[0] == found[1] == found[2]
         assert found[0].model_dump() | STUDENTS[(pair, protocol)] == found[0].model_dump()
+
+
+def test_selections_warm_up_the_pair_that_they_go_by() -> None:
+    for pair, rates in SELECTION.items():
+        for method in ("herding", "covmatch"):
+            chosen = preset("small", method=method, model={"pair": pair}).selection
+            assert chosen.model_dump() | rates == chosen.model_dump()
+            wished = preset("small", method=method, selection={"lr_heads": 0.7})
+            assert wished.selection.lr_heads == 0.7
+    other = {"pair": "cifar-minilm"}
+    tables = {name: preset("small", method="herding", model={"pair": name}).selection for name in (
+        "scenes-tiny", "cifar-minilm", "nfnet-bert",
+    )}  # fmt: skip
+    # A selection alone is made for its students; the start of a distillation is not.
+    alone = preset("small", method="herding", student=other)
+    start = preset("small", method="covmatch", init="herding", student=other)
+    assert (alone.selection, start.selection) == (tables["cifar-minilm"], tables["scenes-tiny"])
+    # MDM's own rates with the papers' encoders.
+    paper = preset("paper", method="herding", model={"pair": "scenes-tiny"}).selection
+    assert tables["nfnet-bert"] == paper
+    assert (paper.lr_image, paper.lr_heads) == (0.1, 0.1)
+    assert (paper.warm_up_epochs, paper.forgetting_epochs, paper.batch_size) == (5, 10, 64)
 
 
 def test_merge() -> None:

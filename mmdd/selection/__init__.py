@@ -8,10 +8,21 @@ import numpy as np
 from mmdd.data.pairs import PairDataset
 from mmdd.errors import ConfigError
 from mmdd.selection.base import Candidates, Selection, SelectionConfig, Selector
+from mmdd.selection.clip_filter import select_clip_filter
+from mmdd.selection.clusters import select_k_means, select_k_means_image, select_k_means_text
+from mmdd.selection.forgetting import select_forgetting
+from mmdd.selection.greedy import select_herding, select_k_center
 from mmdd.selection.random import select_random
 
 SELECTORS: dict[str, Selector] = {
     "random": select_random,
+    "herding": select_herding,
+    "k-center": select_k_center,
+    "forgetting": select_forgetting,
+    "k-means": select_k_means,
+    "k-means-image": select_k_means_image,
+    "k-means-text": select_k_means_text,
+    "clip-filter": select_clip_filter,
 }
 
 __all__ = ["SELECTORS", "Candidates", "Selection", "SelectionConfig", "select"]
