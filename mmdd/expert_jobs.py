@@ -5,12 +5,14 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from mmdd.config import RunConfig
 from mmdd.data.open import open_dataset
+from mmdd.distill import METHODS
 from mmdd.distill.loop import Context
 from mmdd.encoders import build_model
 from mmdd.errors import ConfigError
@@ -63,6 +65,9 @@ def _buffer(config: RunConfig) -> tuple[ExpertConfig, Context, Path]:
     model = build_model(config.model).to(device)
     start = initial_pairs(config, dataset, model)
     context = make_context(config, dataset, model, device, start)
+    distiller: Any = METHODS[config.method].distiller
+    if hasattr(distiller, "expert_context"):  # its experts start in a way of their own
+        context = distiller.expert_context(config.settings, context)
     return settings, context, buffer_folder(settings, context, experts_folder(config))
 
 

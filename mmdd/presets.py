@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mmdd.config import RunConfig
 from mmdd.distill import METHODS
 from mmdd.errors import ConfigError
+from mmdd.selection import SELECTORS
 from mmdd.tables import GIVE_UP_A_PAIR
 
 PresetName = Literal["tiny", "small", "photos", "gpu", "paper"]
@@ -26,6 +27,11 @@ def _lors(
         "rank": rank,
         "max_start_epoch": max_start_epoch,
     }
+
+
+def _mdm(lr: float) -> dict[str, Any]:
+    """A column of MDM's settings; what all columns share are the defaults of its settings."""
+    return {"lr_image": lr, "lr_text": lr}
 
 
 # By (method, dataset), then by budget: the nearest published budget from below is used.
@@ -65,7 +71,14 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
         200: {"rho": 1.0, "lambda_": 0.1},
         500: {"rho": 1.0, "lambda_": 0.5, "iterations": 20_000},
     },
+    # MDM (CVPR 2026), supplement.
+    ("mdm", "flickr8k"): {100: _mdm(100.0), 200: _mdm(100.0), 500: _mdm(1000.0)},
+    ("mdm", "flickr30k"): {100: _mdm(100.0), 200: _mdm(1000.0), 500: _mdm(1000.0)},
+    ("mdm", "coco"): {100: _mdm(1000.0), 200: _mdm(1000.0), 500: _mdm(5000.0)},
 }
+
+# What a method starts from where nothing else is asked for.
+INIT = {"mdm": "k-means"}
 
 # What CovMatch's tuned settings share: Adam on L2-normalised features, the paper's λ.
 _COVMATCH = {"lambda_": 0.1, "normalize": True, "optimizer": "adam", "lr_image": 0.01}
@@ -105,6 +118,25 @@ _PHOTO_TRAJECTORY = _TRAJECTORY | {
     "lr_text": 0.003,
     "experts": _TRAJECTORY["experts"] | {"count": 4, "epochs": 2, "snapshot_every": 4},
 }
+# What MDM's tuned settings share: Adam, the whole set in every iteration, experts of two epochs
+# with a snapshot every third of one.
+_MDM: dict[str, Any] = {
+    "iterations": 150,
+    "optimizer": "adam",
+    "lr_image": 0.03,
+    "lr_text": 0.1,
+    "real_batch": 256,
+    "synthetic_batch": 256,
+    "experts": {
+        "count": 10,
+        "epochs": 2,
+        "snapshot_every": 21,
+        "batch_size": 64,
+        "lr_image": 0.01,
+        "lr_text": 0.01,
+    },
+}
+_PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3, "snapshot_every": 12}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
 
 # By (method, encoder pair, protocol).
@@ -128,6 +160,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mtt", "scenes-tiny", "heads"): _TRAJECTORY,
     ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
     | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
+    ("mdm", "scenes-tiny", "image+text_head"): _MDM,
+    ("mdm", "scenes-tiny", "heads"): _MDM,
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
     # On photos one trial was looked at, and none under `both`: starting values, not a search.
@@ -135,6 +169,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 64},
     ("covmatch", "cifar-minilm", "both"): _COVMATCH
     | {"iterations": 60, "rho": 1.5, "lr_text": 0.001, "real_batch": 64},
+    ("mdm", "cifar-minilm", "image+text_head"): _MDM
+    | {"iterations": 100, "real_batch": 64, "lr_text": 0.003, "experts": _PHOTO_MDM},
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
     ("repblend", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
@@ -168,7 +204,7 @@ _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 # Iterations that fit into seconds.
-_TINY = {"covmatch": 120} | dict.fromkeys((*_PAPER_PAIRS, "repblend", "dc", "dm"), 40)
+_TINY = {"covmatch": 120} | dict.fromkeys((*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm"), 40)
 
 _BASE: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -220,9 +256,11 @@ def preset(name: str, **wishes: Any) -> RunConfig:
             if "experts" in settings:  # an epoch has 16 steps here
                 settings = merge(settings, {"experts": {"count": 4, "snapshot_every": 2}})
     students = _PAPER_STUDENTS if name == "paper" else STUDENTS
-    chosen = {"evaluation": students.get((pair, protocol), {})}
+    chosen: dict[str, Any] = {"evaluation": students.get((pair, protocol), {})}
     if name != "paper":
         chosen["selection"] = SELECTION.get(_selecting_pair(method, values, pair), {})
+    if INIT.get(method) in SELECTORS:
+        chosen["init"] = INIT[method]
     if settings:
         chosen["settings"] = settings
     return RunConfig.model_validate(merge(chosen, values))

@@ -507,6 +507,85 @@ def test_geodesic_kernel_energy_gradient_is_finite_at_coinciding_and_opposite_po
             assert torch.isfinite(gradient).all()
 
 
+# ---- MDM: the kernels of its ablation --------------------------------------------------------
+
+
+def energy_by_pairs(a: np.ndarray, b: np.ndarray, sigma: float, kernel: str) -> float:
+    """The V-statistic with one loop per pair of points, from chords and angles."""
+
+    def k(p: np.ndarray, q: np.ndarray) -> float:
+        chord = math.sqrt(sum((p - q) ** 2))
+        angle = 2 * math.atan2(chord, math.sqrt(sum((p + q) ** 2)))
+        if kernel == "laplacian":
+            return math.exp(-chord / sigma)
+        return math.exp(-((angle if kernel == "geodesic" else chord) ** 2) / (2 * sigma**2))
+
+    def mean(x: np.ndarray, y: np.ndarray) -> float:
+        return math.fsum(k(p, q) for p in x for q in y) / (len(x) * len(y))
+
+    return math.sqrt(max(mean(a, a) + mean(b, b) - 2 * mean(a, b), 0.0))
+
+
+KERNELS: tuple[losses.KernelName, ...] = ("geodesic", "chordal", "laplacian")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 2.0])
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 2), (5, 3, 4), (4, 7, 16)])
+def test_kernel_energy_is_a_distance_of_sets(
+    m: int, n: int, d: int, sigma: float, kernel: losses.KernelName
+) -> None:
+    rng = np.random.default_rng([m, n, d, 1])
+    a, b = unit(rng, m, d), unit(rng, n, d)
+    x, y = tensor(a), tensor(b)
+    value = losses.kernel_energy(x, y, sigma, kernel).item()
+    assert value == pytest.approx(energy_by_pairs(a, b, sigma, kernel), rel=1e-6)
+    assert value > 0
+    assert losses.kernel_energy(y, x, sigma, kernel).item() == pytest.approx(value, rel=1e-9)
+    for dtype, noise in ((torch.float64, 1e-6), (torch.float32, 3e-3)):
+        z = x.to(dtype)
+        shuffled = z[torch.tensor(rng.permutation(m))]
+        assert losses.kernel_energy(z, z, sigma, kernel).item() == 0
+        assert losses.kernel_energy(z, shuffled, sigma, kernel).item() <= noise
+    # No rotation changes it: only inner products count.
+    turn, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    turned = losses.kernel_energy(tensor(a @ turn), tensor(b @ turn), sigma, kernel)
+    assert turned.item() == pytest.approx(value, rel=1e-6)
+
+
+def test_kernels_by_angle() -> None:
+    """Between two points the energy is √(2 - 2k), so that k can be read off."""
+    for angle in (0.3, 1.0, math.pi / 2, 3.0, math.pi):
+        x = tensor(np.array([[1.0, 0.0]]))
+        y = tensor(np.array([[math.cos(angle), math.sin(angle)]]))
+        chord = 2 * math.sin(angle / 2)
+        expected = {
+            "geodesic": math.exp(-(angle**2) / 0.5),
+            "chordal": math.exp(-(chord**2) / 0.5),
+            "laplacian": math.exp(-chord / 0.5),
+        }
+        for kernel in KERNELS:
+            energy = losses.kernel_energy(x, y, 0.5, kernel).item()
+            assert 1 - energy**2 / 2 == pytest.approx(expected[kernel], abs=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_energy_gradient_is_finite_everywhere(
+    dtype: torch.dtype, kernel: losses.KernelName
+) -> None:
+    rng = np.random.default_rng(7)
+    z = unit(rng, 6, 16)
+    same = np.repeat(z[:1], 6, axis=0)
+    nearly = z + 1e-8 * rng.normal(size=z.shape)
+    for a, b in ((z, z), (z, z[::-1].copy()), (z, -z), (z, nearly), (same, z), (same, -same)):
+        x, y = tensor(a, grad=True, dtype=dtype), tensor(b, grad=True, dtype=dtype)
+        value = losses.kernel_energy(x, y, 0.5, kernel)
+        assert value.item() == pytest.approx(energy_by_pairs(a, b, 0.5, kernel), abs=5e-3)
+        for gradient in torch.autograd.grad(value, (x, y)):
+            assert torch.isfinite(gradient).all()
+
+
 # ---- MTT ---------------------------------------------------------------------------------------
 
 
@@ -540,6 +619,14 @@ def energy_on_the_sphere(x: Tensor, y: Tensor) -> Tensor:
     )
 
 
+def energy_with(kernel: losses.KernelName) -> Callable[[Tensor, Tensor], Tensor]:
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+        return losses.kernel_energy(x, y, 0.7, kernel)
+
+    return energy
+
+
 DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "info_nce": (lambda a, b: losses.info_nce(a, b, 0.5), [(4, 3)] * 2),
     "extended_info_nce": (losses.extended_info_nce, [(4, 4)] * 2),
@@ -556,6 +643,8 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] =
     "agreement": (lambda a, b: losses.agreement(a, b).square().cumsum(0).sum(), [(4, 3)] * 2),
     "discrepancy": (lambda a, b: losses.discrepancy(a, b)[:, 0].sum(), [(4, 3)] * 2),
     "geodesic_kernel_energy": (energy_on_the_sphere, [(5, 8), (7, 8)]),
+    "chordal kernel_energy": (energy_with("chordal"), [(5, 8), (7, 8)]),
+    "laplacian kernel_energy": (energy_with("laplacian"), [(5, 8), (7, 8)]),
     "trajectory_distance": (losses.trajectory_distance, [(6,)] * 3),
 }
 
@@ -605,6 +694,10 @@ def test_float32_follows_float64(name: str) -> None:
         (lambda: losses.linear_contrastive(EYE[:1], EYE[:1], EYE, EYE, 1.0), "at least two"),
         (lambda: losses.linear_contrastive(EYE[:3], EYE, EYE, EYE, 1.0), "equally many"),
         (lambda: losses.covmatch(EYE, EYE, EYE[:1], EYE[:1], 1.0, 0.1), "at least two"),
+        (lambda: losses.kernel_energy(EYE, EYE, 0.5, "cosine"), "unknown kernel 'cosine'"),  # type: ignore[arg-type]
+        (lambda: losses.kernel_energy(EYE, EYE[:, :3]), "of one width"),
+        (lambda: losses.kernel_energy(EYE, EYE[:0]), "at least one"),
+        (lambda: losses.kernel_energy(EYE[0], EYE), "two sets of vectors"),
         (lambda: losses.trajectory_distance(EYE[0], EYE[1], EYE[1]), "did not move"),
     ],
 )

@@ -13,6 +13,7 @@ from mmdd.distill.matching import (
     GradientMatching,
     GradientMatchingConfig,
 )
+from mmdd.distill.mdm import Mdm, MdmConfig
 from mmdd.distill.repblend import RepBlend, RepBlendConfig
 from mmdd.distill.trajectory import (
     Lors,
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "repblend": Method(RepBlendConfig, RepBlend),
     "amd": Method(DecoupledConfig, Decoupled),
     "covmatch": Method(CovMatchConfig, CovMatch),
+    "mdm": Method(MdmConfig, Mdm),
 }
 
 __all__ = [
@@ -63,6 +65,8 @@ __all__ = [
     "GradientMatchingConfig",
     "Lors",
     "LorsConfig",
+    "Mdm",
+    "MdmConfig",
     "Method",
     "Progress",
     "RepBlend",

@@ -1,0 +1,95 @@
+"""Between a start and models that were trained from it: interpolation of weights, layer by layer.
+
+A layer is one parameter tensor: a weight and its bias count as two.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from mmdd.errors import ConfigError
+from mmdd.experts import ExpertBuffer
+
+_MOST_BYTES = 4 * 2**30  # of snapshots kept in memory, where a quarter of what is free is not less
+
+
+def layer_ratios(displacements: Tensor, sizes: Sequence[int]) -> Tensor:
+    """How far to go from the start towards the mean of the experts, for each layer: (layers,).
+
+    displacements: (k, p), what each of k ≥ 2 experts moved, layer after layer; sizes: entries of
+    each layer, p in all. With c the mean cosine over pairs of experts, t = k·c / (1 + (k - 1)·c);
+    for two experts that is 2⟨Δ1, Δ2⟩ / (‖Δ1‖‖Δ2‖ + ⟨Δ1, Δ2⟩). t is 1 for experts that agree and 0
+    for experts at right angles. It is also 0 where the formula would point away from the experts
+    or has no value: below a right angle, down to opposite experts, where its denominator is 0, and
+    where an expert did not move. Raises `ConfigError` for fewer than two experts, or sizes that do
+    not add up to p.
+
+    Source: MDM (CVPR 2026), model initialisation; Model Stock (ECCV 2024). Book: notebooks/08_mdm.
+    """
+    if displacements.ndim != 2 or len(displacements) < 2 or sum(sizes) != displacements.shape[1]:
+        raise ConfigError(
+            "an interpolation needs what at least two experts moved, (k, p), and layers of p "
+            f"entries in all; got {tuple(displacements.shape)} and layers of {sum(sizes)}."
+        )
+    k = len(displacements)
+    cosines = []
+    for layer in displacements.split(list(sizes), dim=1):
+        gram = layer @ layer.T  # (k, k)
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        products = norms[:, None] * norms[None, :]
+        moved = products > 0
+        cosine = torch.where(moved, gram / torch.where(moved, products, 1), 0)
+        cosines.append((cosine.sum() - cosine.diagonal().sum()) / (k * (k - 1)))
+    c = torch.stack(cosines).clamp(0, 1)
+    return k * c / (1 + (k - 1) * c)
+
+
+def interpolate(
+    start: Tensor, displacements: Tensor, sizes: Sequence[int], alpha: float
+) -> tuple[Tensor, Tensor]:
+    """θ0 + α·t·mean(Δ), layer by layer: returns (θ (p,), t (layers,)).
+
+    start: (p,); displacements: (k, p), what each expert moved; sizes: see `layer_ratios`, which
+    also says what is refused. α = 0 is the start; α = 1 with experts that agree is their mean.
+
+    Source: MDM (CVPR 2026), model initialisation. Book: notebooks/08_mdm.
+    """
+    ratios = layer_ratios(displacements, sizes)
+    steps = [
+        ratio * layer.mean(dim=0)
+        for ratio, layer in zip(ratios, displacements.split(list(sizes), dim=1), strict=True)
+    ]
+    return start + alpha * torch.cat(steps), ratios
+
+
+class SnapshotCache:
+    """Snapshots of experts, each read from the disk once as long as they fit into memory.
+
+    limit: bytes to keep, by default a quarter of the memory that is free, at most 4 GiB; the
+    snapshots that were not asked for the longest give way. Book: notebooks/08_mdm.
+    """
+
+    def __init__(self, buffer: ExpertBuffer, device: torch.device, limit: int | None = None):
+        if limit is None:
+            limit = min(_MOST_BYTES, psutil.virtual_memory().available // 4)
+        self.buffer, self.device, self.limit = buffer, device, limit
+        self.num_bytes = 0
+        self.reads = 0  # from the disk
+        self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+
+    def read(self, expert: int, snapshot: int) -> Tensor:
+        """What `ExpertBuffer.read` gives, on the device; not to be changed."""
+        key = (expert, snapshot)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key].to(self.device)
+        flat = self.buffer.read(expert, snapshot)
+        self.reads += 1
+        self._kept[key] = flat
+        self.num_bytes += flat.nbytes
+        while self.num_bytes > self.limit:
+            self.num_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return flat.to(self.device)

@@ -1,0 +1,156 @@
+"""Interpolation of weights against a recomputation layer by layer, in plain numpy."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmdd.errors import ConfigError
+from mmdd.experts import ExpertBuffer
+from mmdd.interpolation import SnapshotCache, interpolate, layer_ratios
+
+SIZES = [6, 1, 20, 3]
+
+
+def moves(k: int, seed: int, common: float = 1.0) -> np.ndarray:
+    """What k experts moved: a common part, so that they agree to some extent, and their own."""
+    rng = np.random.default_rng(seed)
+    return common * rng.normal(size=sum(SIZES)) + rng.normal(size=(k, sum(SIZES)))
+
+
+def naive(start: np.ndarray, moved: np.ndarray, alpha: float) -> np.ndarray:
+    """One entry at a time; for two experts by the paper's formula."""
+    result = np.empty_like(start)
+    begin = 0
+    for size in SIZES:
+        entries = range(begin, begin + size)
+
+        def inner(i: int, j: int, entries: range = entries) -> float:
+            return math.fsum(moved[i, e] * moved[j, e] for e in entries)
+
+        k = len(moved)
+        norms = [math.sqrt(inner(i, i)) for i in range(k)]
+        if k == 2:
+            below = norms[0] * norms[1] + inner(0, 1)
+            t = 2 * inner(0, 1) / below if inner(0, 1) > 0 else 0.0
+        else:
+            pairs = list(itertools.combinations(range(k), 2))
+            cosines = [inner(i, j) / (norms[i] * norms[j]) for i, j in pairs]
+            c = max(0.0, sum(cosines) / len(cosines))
+            t = k * c / (1 + (k - 1) * c)
+        for e in entries:
+            result[e] = start[e] + alpha * t * sum(moved[i, e] for i in range(k)) / k
+        begin += size
+    return result
+
+
+def double(array: np.ndarray) -> Tensor:
+    return torch.tensor(array, dtype=torch.float64)
+
+
+@given(k=st.integers(2, 6), seed=st.integers(0, 999), alpha=st.floats(0, 1.5))
+@settings(deadline=None, max_examples=60)
+def test_layer_by_layer(k: int, seed: int, alpha: float) -> None:
+    start = np.random.default_rng(seed + 1_000).normal(size=sum(SIZES))
+    moved = moves(k, seed)
+    found, ratios = interpolate(double(start), double(moved), SIZES, alpha)
+    np.testing.assert_allclose(found, naive(start, moved, alpha), rtol=1e-10, atol=1e-12)
+    assert ratios.shape == (len(SIZES),)
+    assert ((ratios >= 0) & (ratios <= 1)).all()
+    single, _ = interpolate(double(start).float(), double(moved).float(), SIZES, alpha)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_no_alpha_is_the_start_and_agreeing_experts_are_reached(k: int) -> None:
+    start, moved = double(moves(1, 0)[0]), double(moves(1, 1)).repeat(k, 1)
+    assert torch.equal(interpolate(start, double(moves(k, 2)), SIZES, 0.0)[0], start)
+    found, ratios = interpolate(start, moved, SIZES, 1.0)
+    torch.testing.assert_close(found, start + moved[0])
+    torch.testing.assert_close(ratios, torch.ones(len(SIZES), dtype=torch.float64))
+    # Only the direction counts for t: twice as far is agreement too.
+    moved = torch.stack([moved[0], 2 * moved[0]])
+    torch.testing.assert_close(interpolate(start, moved, SIZES, 1.0)[0], start + 1.5 * moved[0])
+
+
+@pytest.mark.parametrize("angle", [0.0, 30.0, 60.0, 89.0, 90.0, 120.0, 179.999, 180.0])
+def test_ratio_by_angle(angle: float) -> None:
+    """2cos/(1+cos) up to a right angle; 0 beyond, where the formula turns away and diverges."""
+    radians = math.radians(angle)
+    moved = double(np.array([[1.0, 0.0], [3 * math.cos(radians), 3 * math.sin(radians)]]))
+    (ratio,) = layer_ratios(moved, [2]).tolist()
+    expected = 2 * math.cos(radians) / (1 + math.cos(radians)) if angle < 90 else 0.0
+    assert ratio == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_layers_stay_at_the_start(dtype: torch.dtype) -> None:
+    start = double(moves(1, 3)[0]).to(dtype)
+    moved = double(moves(2, 4)).to(dtype)
+    moved[1, :6] = -moved[0, :6]  # opposite experts
+    moved[0, 6] = 0  # one that did not move
+    moved[:, 7:27] = 0  # none that moved
+    found, ratios = interpolate(start, moved, SIZES, 1.0)
+    assert torch.equal(found[:27], start[:27])
+    assert ratios[:3].tolist() == [0, 0, 0]
+    assert torch.isfinite(found).all()
+    tiny = interpolate(start, 1e-30 * double(moves(2, 5)).to(dtype), SIZES, 1.0)
+    assert torch.isfinite(tiny[0]).all()
+
+
+def test_layers_do_not_see_each_other() -> None:
+    moved = double(moves(2, 6))
+    whole = layer_ratios(moved, SIZES)
+    begin = 0
+    for i, size in enumerate(SIZES):
+        alone = layer_ratios(moved[:, begin : begin + size], [size])
+        torch.testing.assert_close(alone[0], whole[i])
+        begin += size
+    assert not torch.allclose(layer_ratios(moved, [sum(SIZES)]), whole)
+
+
+def test_what_is_refused() -> None:
+    for moved, sizes in (
+        (torch.ones(1, 4), [4]),
+        (torch.ones(4), [4]),
+        (torch.ones(2, 4), [3]),
+        (torch.ones(2, 4), [4, 1]),
+    ):
+        with pytest.raises(ConfigError, match="at least two experts moved"):
+            interpolate(torch.zeros(4), moved, sizes, 0.5)
+
+
+class Files(ExpertBuffer):
+    """A buffer of numbered vectors that counts what is read."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, expert: int, snapshot: int) -> Tensor:
+        self.asked.append((expert, snapshot))
+        return torch.full((25,), 10.0 * expert + snapshot)  # 100 bytes
+
+
+def test_snapshots_are_read_once_while_they_fit() -> None:
+    files = Files()
+    cache = SnapshotCache(files, torch.device("cpu"), limit=250)
+    for expert, snapshot in ((0, 1), (1, 1), (0, 1), (0, 1)):
+        assert cache.read(expert, snapshot)[0] == 10 * expert + snapshot
+    assert files.asked == [(0, 1), (1, 1)]
+    assert (cache.reads, cache.num_bytes) == (2, 200)
+    cache.read(2, 2)  # (1, 1) was not asked for the longest
+    assert cache.num_bytes == 200
+    cache.read(0, 1)
+    assert files.asked == [(0, 1), (1, 1), (2, 2)]
+    cache.read(1, 1)
+    assert files.asked[-1] == (1, 1)
+    nothing = SnapshotCache(files, torch.device("cpu"), limit=50)  # less than one
+    assert nothing.read(3, 3)[0] == 33
+    assert nothing.num_bytes == 0
+    assert SnapshotCache(files, torch.device("cpu")).limit > 100
