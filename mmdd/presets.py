@@ -118,25 +118,25 @@ _PHOTO_TRAJECTORY = _TRAJECTORY | {
     "lr_text": 0.003,
     "experts": _TRAJECTORY["experts"] | {"count": 4, "epochs": 2, "snapshot_every": 4},
 }
-# What MDM's tuned settings share: Adam, the whole set in every iteration, experts of two epochs
-# with a snapshot every third of one.
+# What MDM's tuned settings share: Adam, the whole set in every iteration, experts of a few epochs.
+# α = 1 goes all the way to the experts: the projections start from nothing here.
 _MDM: dict[str, Any] = {
     "iterations": 150,
     "optimizer": "adam",
     "lr_image": 0.03,
     "lr_text": 0.1,
+    "alpha": 1.0,
     "real_batch": 256,
     "synthetic_batch": 256,
     "experts": {
         "count": 10,
-        "epochs": 2,
-        "snapshot_every": 21,
+        "epochs": 4,
         "batch_size": 64,
         "lr_image": 0.01,
         "lr_text": 0.01,
     },
 }
-_PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3, "snapshot_every": 12}
+_PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
 
 # By (method, encoder pair, protocol).

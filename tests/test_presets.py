@@ -10,9 +10,10 @@ from mmdd.config import RunConfig
 from mmdd.distill import METHODS, CovMatchConfig
 from mmdd.encoders import PAIRS
 from mmdd.errors import ConfigError
-from mmdd.presets import PAPER, SELECTION, STUDENTS, TUNED, merge, preset
+from mmdd.presets import INIT, PAPER, SELECTION, STUDENTS, TUNED, merge, preset
 from mmdd.protocols import PROTOCOLS
 from mmdd.runs import run
+from mmdd.selection import SELECTORS
 
 NAMES = ("tiny", "small", "photos", "gpu", "paper")
 
@@ -126,6 +127,41 @@ def test_published_numbers_of_lors() -> None:
     assert settings(199, "flickr30k") == (1000, 10, 1, 5, 2)
     assert settings(499, "flickr30k") == (1000, 100, 0.01, 20, 3)
     assert settings(499, "coco") == (5000, 500, 1, 20, 2)
+
+
+def test_published_numbers_of_mdm() -> None:
+    rates = {
+        "flickr8k": [100, 100, 1000],
+        "flickr30k": [100, 1000, 1000],
+        "coco": [1000, 1000, 5000],
+    }
+    for dataset, expected in rates.items():
+        for pairs, lr in zip((100, 200, 500), expected, strict=True):
+            config = preset(
+                "paper",
+                method="mdm",
+                pairs=pairs,
+                protocol="image+text_head",
+                dataset={"name": dataset},
+            )
+            s: Any = config.settings
+            assert (s.lr_image, s.lr_text) == (lr, lr)
+            assert (s.optimizer, s.momentum, s.clip) == ("sgd", 0.5, 1.0)
+            assert (s.real_batch, s.synthetic_batch, s.iterations) == (64, 64, 3000)
+            weights = s.lambda_contrastive, s.lambda_agreement, s.lambda_discrepancy
+            assert (weights, s.sigma, s.alpha) == ((1.0, 0.8, 0.8), 0.5, 0.5)
+            assert (s.model, s.kernel) == ("interpolation", "geodesic")
+            assert (s.experts.count, s.experts.epochs) == (20, 10)
+            assert config.evaluation.lr_image == 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_starts_where_its_paper_does_unless_told_otherwise(name: str) -> None:
+    here = "k-means" if "k-means" in SELECTORS else "random"
+    assert preset(name, method="mdm", protocol="image+text_head").init == here
+    assert preset(name, method="mdm", protocol="image+text_head", init="random").init == "random"
+    assert preset(name, method="covmatch").init == "random"
+    assert set(INIT) <= set(METHODS)
 
 
 def test_published_numbers() -> None:

@@ -133,3 +133,23 @@ def test_the_ablations_of_lors_agree_with_its_main_table():
     for number, method in ((6, "lors"), (13, "tesla-wbce")):  # without a similarity it is TESLA
         (main,) = published("flickr30k", 200, method, source="LoRS").to_dict("records")
         assert [main[name] for name in RECALLS] == recalls.loc[number].tolist()
+
+
+def test_the_ablations_of_mdm_agree_with_themselves_and_the_main_table():
+    table = pd.read_csv(data_file("published/mdm_ablations.csv"))
+    assert not table.duplicated(["group", "variant"]).any()
+    assert set(table["source"]) == {"presentation", "supplement"}
+    printed = table.dropna(subset=["IR", "TR"])
+    assert ((printed["IR"] + printed["TR"]) / 2 - printed["mean"]).abs().max() <= 0.1 + 1e-9
+    (main,) = published("flickr8k", 100, "mdm").to_dict("records")
+    for group, rows in table.groupby("group"):
+        # The method itself is the best row of every ablation, to the rounding of the tables.
+        assert rows["mean"].max() == pytest.approx(main["mean"], abs=0.15), group
+    (random,) = table.loc[table["variant"].eq("random"), "mean"]
+    assert random < main["mean"]
+
+
+def test_the_cost_of_mdm_multiplies():
+    table = pd.read_csv(data_file("published/mdm_cost.csv"))
+    minutes = table["seconds_per_iteration"] * table["iterations_to_best"] / 60
+    assert (minutes - table["minutes"]).abs().max() < 0.01 * table["minutes"].max()
