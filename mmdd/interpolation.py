@@ -23,7 +23,7 @@ def layer_ratios(displacements: Tensor, sizes: Sequence[int]) -> Tensor:
     each layer, p in all. With c the mean cosine over pairs of experts, t = k·c / (1 + (k - 1)·c);
     for two experts that is 2⟨Δ1, Δ2⟩ / (‖Δ1‖‖Δ2‖ + ⟨Δ1, Δ2⟩). t is 1 for experts that agree and 0
     for experts at right angles. It is also 0 where the formula would point away from the experts
-    or has no value: below a right angle, down to opposite experts, where its denominator is 0, and
+    or has no value: past a right angle, up to opposite experts, where its denominator is 0, and
     where an expert did not move. Raises `ConfigError` for fewer than two experts, or sizes that do
     not add up to p.
 
