@@ -9,6 +9,7 @@ output statistics as float32).
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmdd.data.scenes import COLOURS, HUES, PATTERNS, SHAPES, SIZES, TEXTURES, Scene, Scenes
+from mmdd.encoders.image import ImageEncoder
 from mmdd.encoders.scenes import ScenesImageEncoder, ScenesTextEncoder
 from mmdd.files import save_tensors, tensors_sha256
 
@@ -43,7 +45,10 @@ def label_names() -> list[str]:
     return names + [f"{colour} {cell}" for colour in COLOURS for cell in cells]
 
 
-def pretrain_image(steps: int, batch: int = 64) -> ScenesImageEncoder:
+def pretrain_image(
+    steps: int, batch: int = 64, make: Callable[[], ImageEncoder] = ScenesImageEncoder
+) -> ImageEncoder:
+    """Train what `make` builds, in the mode that it comes in, to name the attributes of a scene."""
     torch.manual_seed(SEED)
     corpus = Scenes.generate({"pretrain": CORPUS})
     column = {name: i for i, name in enumerate(label_names())}
@@ -52,7 +57,8 @@ def pretrain_image(steps: int, batch: int = 64) -> ScenesImageEncoder:
         labels[row, [column[name] for name in attributes(scene)]] = 1
     images = torch.from_numpy(corpus.images).permute(0, 3, 1, 2)
 
-    encoder, head = ScenesImageEncoder(), nn.Linear(128, len(column))
+    encoder = make()
+    head = nn.Linear(encoder.dim, len(column))
     optimiser, schedule = one_cycle([encoder, head], 2e-3, steps)
     bar = tqdm(range(steps), desc="image encoder: attributes")
     for _ in bar:
@@ -61,6 +67,7 @@ def pretrain_image(steps: int, batch: int = 64) -> ScenesImageEncoder:
         loss = F.binary_cross_entropy_with_logits(logits, labels[index])
         step(loss, optimiser, schedule)
         bar.set_postfix(loss=f"{loss.item():.4f}")
+    encoder.eval()
     with torch.no_grad():
         outputs = torch.cat([encoder(block.float() / 255) for block in images.split(500)])
     set_statistics(encoder.standardise, outputs)
@@ -121,7 +128,21 @@ def set_statistics(layer: nn.Module, outputs: Tensor) -> None:
 
 
 def half(name: str, tensor: Tensor) -> Tensor:
-    return tensor if "standardise" in name or not tensor.is_floating_point() else tensor.half()
+    statistics = "standardise" in name or "running_" in name
+    return tensor if statistics or not tensor.is_floating_point() else tensor.half()
+
+
+def save(output: Path, parts: dict[str, nn.Module], made_by: str) -> None:
+    """Write the encoders of a file, each under its part's name, with their hash in the header."""
+    tensors = {
+        f"{part}.{name}": half(name, tensor)
+        for part, encoder in parts.items()
+        for name, tensor in encoder.state_dict().items()
+    }
+    header = {"made_by": made_by, "sha256": tensors_sha256(tensors)}
+    save_tensors(output, tensors, header)
+    size = output.stat().st_size
+    print(f"{output}: {size:,} bytes, tensors' sha256 {header['sha256']}")
 
 
 def main() -> None:
@@ -136,15 +157,7 @@ def main() -> None:
         "image": pretrain_image(arguments.image_steps),
         "text": pretrain_text(arguments.text_steps),
     }
-    tensors = {
-        f"{part}.{name}": half(name, tensor)
-        for part, encoder in parts.items()
-        for name, tensor in encoder.state_dict().items()
-    }
-    header = {"made_by": "data/pretrained/make_scenes_tiny.py", "sha256": tensors_sha256(tensors)}
-    save_tensors(arguments.output, tensors, header)
-    size = arguments.output.stat().st_size
-    print(f"{arguments.output}: {size:,} bytes, tensors' sha256 {header['sha256']}")
+    save(arguments.output, parts, "data/pretrained/make_scenes_tiny.py")
 
 
 if __name__ == "__main__":
