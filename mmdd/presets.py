@@ -180,10 +180,19 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
 STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("scenes-tiny", "both"): {"lr_image": 0.01, "lr_text": 0.01},
     ("scenes-tiny", "image+text_head"): {"lr_image": 0.003, "lr_text": 0.003},
+    ("scenes-tiny-distil", "image+text_head"): {"lr_image": 0.003},
     # Fewer epochs, for every method: five students of a ResNet-20 (and of MiniLM) must fit into
     # minutes on a CPU. The rate under `both` is the paper's, not tuned here.
     ("cifar-minilm", "image+text_head"): {"lr_image": 0.01, "epochs": 50},
     ("cifar-minilm", "both"): {"lr_image": 0.01, "lr_text": 0.01, "epochs": 25, "scores": 3},
+}
+
+# Students of other encoders than those that a set was distilled with: one choice for each image
+# encoder, by `sweeps/tune_architectures.yaml`. Text encoders are frozen there and need none.
+STUDENTS |= {
+    (f"scenes-{image}{text}", "image+text_head"): {"lr_image": rate}
+    for image, rate in (("resnet", 0.003), ("regnet", 0.003), ("vit", 0.003))
+    for text in ("", "-distil")
 }
 
 # The warm-up behind the selections, by the encoder pair that it trains. On Scenes the rates were
@@ -256,7 +265,9 @@ def preset(name: str, **wishes: Any) -> RunConfig:
             if "experts" in settings:  # an epoch has 16 steps here
                 settings = merge(settings, {"experts": {"count": 4, "snapshot_every": 2}})
     students = _PAPER_STUDENTS if name == "paper" else STUDENTS
-    chosen: dict[str, Any] = {"evaluation": students.get((pair, protocol), {})}
+    # Students of their own encoders are trained as those want it, whatever the set was made with.
+    student = (values.get("student") or {}).get("pair", pair)
+    chosen: dict[str, Any] = {"evaluation": students.get((student, protocol), {})}
     if name != "paper":
         chosen["selection"] = SELECTION.get(_selecting_pair(method, values, pair), {})
     if INIT.get(method) in SELECTORS:

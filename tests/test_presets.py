@@ -255,3 +255,44 @@ def test_tiny_never_runs_longer_than_the_tuned_settings() -> None:
     for (method, pair, protocol), tuned in TUNED.items():
         tiny = preset("tiny", method=method, protocol=protocol, model={"pair": pair})
         assert tiny.settings.iterations <= tuned["iterations"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["covmatch", "random", "full"])
+def test_students_of_their_own_encoders_are_trained_as_those_want_it(method: str) -> None:
+    protocol = "image+text_head"
+    wishes: dict[str, Any] = {"method": method, "protocol": protocol}
+    own = preset("small", **wishes)
+    for pair in PAIRS:
+        if (pair, protocol) not in STUDENTS:
+            continue
+        config = preset("small", student={"pair": pair}, **wishes)
+        chosen = STUDENTS[(pair, protocol)]
+        assert config.evaluation.model_dump() | chosen == config.evaluation.model_dump()
+        # The set is still made with the model's encoders and their settings.
+        assert (config.model, config.settings) == (own.model, own.settings)
+    without = preset("small", student=None, **wishes)
+    assert without.run_id == own.run_id
+    assert "student" not in without.identity()
+
+
+def test_every_pair_of_scenes_has_students() -> None:
+    pairs = [pair for pair in PAIRS if pair.startswith("scenes-")]
+    assert len(pairs) == 8
+    rates = {pair: STUDENTS[(pair, "image+text_head")]["lr_image"] for pair in pairs}
+    for pair in pairs:  # chosen once for each image encoder
+        assert rates[pair] == rates[pair.removesuffix("-distil")]
+    wished = preset(
+        "small",
+        method="random",
+        protocol="image+text_head",
+        student={"pair": "scenes-vit"},
+        evaluation={"lr_image": 0.5},
+    )
+    assert wished.evaluation.lr_image == 0.5
+
+
+def test_the_paper_preset_looks_up_the_students_pair_too() -> None:
+    config = preset("paper", protocol="image+text_head", student={"pair": "nfnet-bert-lors"})
+    assert config.evaluation.lr_image == 0.1
+    foreign = preset("paper", protocol="image+text_head", student={"pair": "scenes-vit"})
+    assert foreign.evaluation.lr_image == 0.01  # the default: the papers have no such student

@@ -29,14 +29,22 @@ _BERT = TextEncoderSpec(
     kind="huggingface", name="bert-base-uncased", weights="hub", pooling="cls", max_length=32
 )
 
-PAIRS: dict[str, EncoderPair] = {
-    "scenes-tiny": EncoderPair(
-        image=ImageEncoderSpec(
-            kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors", image_size=32
-        ),
-        text=TextEncoderSpec(kind="scenes", name="scenes-tiny", weights="scenes_tiny.safetensors"),
+
+def _scenes(image: str, text: str) -> EncoderPair:
+    """Two encoders of Scenes, each with its shipped weights."""
+
+    def file(name: str) -> str:
+        return f"{name.replace('-', '_')}.safetensors"
+
+    return EncoderPair(
+        image=ImageEncoderSpec(kind="scenes", name=image, weights=file(image), image_size=32),
+        text=TextEncoderSpec(kind="scenes", name=text, weights=file(text)),
         dim=128,
-    ),
+    )
+
+
+PAIRS: dict[str, EncoderPair] = {
+    "scenes-tiny": _scenes("scenes-tiny", "scenes-tiny"),
     "cifar-minilm": EncoderPair(
         image=ImageEncoderSpec(
             kind="cifar_resnet",
@@ -59,4 +67,13 @@ PAIRS: dict[str, EncoderPair] = {
     "nfnet-bert-lors": EncoderPair(
         image=_NFNET, text=_BERT, dim=2304, image_head="none", text_head="mlp"
     ),
+}
+
+# Other architectures for Scenes: the image encoder names the pair, and "-distil" the other text
+# encoder than that of scenes-tiny.
+PAIRS |= {
+    f"{image}{suffix}": _scenes(image, text)
+    for text, suffix in (("scenes-tiny", ""), ("scenes-distil", "-distil"))
+    for image in ("scenes-tiny", "scenes-resnet", "scenes-regnet", "scenes-vit")
+    if (image, text) != ("scenes-tiny", "scenes-tiny")
 }
