@@ -153,3 +153,28 @@ def test_the_cost_of_mdm_multiplies():
     table = pd.read_csv(data_file("published/mdm_cost.csv"))
     minutes = table["seconds_per_iteration"] * table["iterations_to_best"] / 60
     assert (minutes - table["minutes"]).abs().max() < 0.01 * table["minutes"].max()
+
+
+def test_the_cross_architecture_tables_agree_with_what_is_printed_beside_them():
+    table = pd.read_csv(data_file("published/cross_architecture.csv")).fillna({"unseen": ""})
+    assert not table.duplicated(
+        ["source", "dataset", "pairs", "method", "image_encoder", "text_encoder"]
+    ).any()
+    assert table["mean"].between(0, 100).all()
+    counts = table["source"].str.split().str[0].value_counts()
+    assert counts.to_dict() == {"MDM": 108, "CovMatch": 32, "LoRS": 6}
+    unseen = table[table["unseen"].eq("yes") & table["source"].str.startswith("MDM")]
+    means = unseen.groupby(["dataset", "pairs", "method"])["mean"].agg(["mean", "size"])
+    assert means["size"].eq(5).all()
+    printed = {  # LoRS and MDM at 100, 200 and 500 pairs
+        "flickr8k": (10.3, 13.9, 11.6, 15.6, 10.2, 16.2),
+        "flickr30k": (9.9, 16.1, 12.2, 17.4, 14.5, 19.3),
+        "coco": (2.5, 6.1, 3.1, 8.7, 2.4, 9.8),
+    }
+    for dataset, values in printed.items():
+        assert means["mean"][dataset].tolist() == pytest.approx(values, abs=0.1)
+    # On the encoders of the distillation MDM's slide repeats its own main table.
+    own = table[table["unseen"].eq("no") & table["source"].str.startswith("MDM")]
+    for row in own.to_dict("records"):
+        found = published(row["dataset"], row["pairs"], row["method"], source="MDM")
+        assert found["mean"].tolist() == [row["mean"]]
