@@ -130,3 +130,29 @@ def recall_bars(
     axes.set_ylabel("mean recall (%)" if metric == "mean" else f"{metric} (%)")
     axes.legend(title=None, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return axes
+
+
+def heat_map(table: pd.DataFrame, title: str, axes: Axes | None = None, decimals: int = 0) -> Axes:
+    """A table of numbers as coloured cells with the numbers in them, larger is darker.
+
+    table: (rows, columns) of floats; NaN stays an empty cell. Lightness grows in one direction, so
+    that the colours keep their order in grey and for every kind of colour blindness.
+    Book: notebooks/13_cross_architecture.
+    """
+    axes = axes or plt.subplots(figsize=(1.0 * len(table.columns) + 2, 0.42 * len(table) + 0.8))[1]
+    sns.heatmap(
+        table,
+        annot=True,
+        fmt=f".{decimals}f",
+        cmap=sns.color_palette("blend:#f4f8fb,#0b3c5d", as_cmap=True),
+        vmin=0,
+        cbar=False,
+        linewidths=1,
+        annot_kws={"size": "medium"},
+        ax=axes,
+    )
+    axes.set(title=title, xlabel="", ylabel="")
+    axes.tick_params(axis="x", rotation=30)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+    return axes

@@ -65,19 +65,55 @@ def by_loss(results: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def transfer(results: pd.DataFrame, own: str) -> pd.DataFrame:
+    """What students of every encoder pair make of sets that were distilled with one of them.
+
+    results: rows of `load_results` of one dataset, protocol and budget, one configuration per
+    method and student pair. own: the pair of the distillation. Index (method, student), the own
+    pair first. Columns: recall (mean over all students, percent), std, % of own (the share that is
+    kept of the same method's recall on `own`), × random (of the same student pair), % of full (of
+    the same student pair), students. What has no reference is NaN.
+
+    Raises `ConfigError` when a method and student pair holds more than one configuration.
+    Book: notebooks/13_cross_architecture.
+    """
+    _refuse_mixtures(results, ("method", "student_model"), "{0} with students {1}")
+    table = results.groupby(["method", "student_model"]).agg(
+        recall=("mean", "mean"), std=("mean", "std"), students=("mean", "size")
+    )
+    table.index.names = ["method", "student"]
+    recall = table["recall"]
+    methods, students = (table.index.get_level_values(level) for level in (0, 1))
+
+    def reference(method: str) -> pd.Series:
+        found = recall[methods == method].droplevel("method")
+        return found.reindex(students).set_axis(table.index)
+
+    at_home = recall[students == own].droplevel("student").reindex(methods).set_axis(table.index)
+    table.insert(2, "% of own", 100 * recall / at_home)
+    table.insert(3, "× random", recall / reference("random"))
+    table.insert(4, "% of full", 100 * recall / reference("full"))
+    order = [own, *sorted(set(students) - {own})]
+    return table.reindex([(m, s) for m in methods.unique() for s in order if (m, s) in table.index])
+
+
 def _has(table: pd.DataFrame, method: str) -> bool:
     return method in table.index.get_level_values("method")
 
 
-def _refuse_mixtures(rows: pd.DataFrame) -> None:
+def _refuse_mixtures(
+    rows: pd.DataFrame,
+    by: tuple[str, str] = ("pairs", "method"),
+    where: str = "{1} at {0} pairs",
+) -> None:
     """Scores of different settings must not be averaged into one number."""
-    for (pairs, method), group in rows.groupby(["pairs", "method"]):
+    for key, group in rows.groupby(list(by)):
         settings = {
             repr({k: v for k, v in sorted(config.items()) if k != "seed"})
             for config in group["config"]
         }
         if len(settings) > 1:
             raise ConfigError(
-                f"{method} at {pairs} pairs holds {len(settings)} different configurations "
+                f"{where.format(*key)} holds {len(settings)} different configurations "
                 f"(runs {', '.join(sorted(group['run_id'].unique()))}): filter by sweep first."
             )

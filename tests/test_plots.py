@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 
 from mmdd.plots import (
     METHOD_COLOURS,
+    heat_map,
     image_grid,
     loss_curves,
     recall_bars,
@@ -124,3 +125,15 @@ def test_set_style() -> None:
         set_style()
         assert plt.rcParams["figure.facecolor"] == "white"
         assert plt.rcParams["savefig.bbox"] == "tight"
+
+
+def test_heat_map() -> None:
+    table = pd.DataFrame({"a": [1.0, 20.0], "b": [float("nan"), 40.0]}, index=["x", "y"])
+    axes = heat_map(table, "shares", decimals=1)
+    assert [text.get_text() for text in axes.texts] == ["1.0", "20.0", "40.0"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
+    assert axes.get_title() == "shares"
+    colours = axes.collections[0].get_facecolors()  # of all four cells, row by row
+    lightness = colours[[0, 2, 3], :3].sum(axis=1)
+    assert lightness[0] > lightness[1] > lightness[2]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mmdd.errors import ConfigError
-from mmdd.tables import by_loss, comparison
+from mmdd.tables import by_loss, comparison, transfer
 
 
 def rows(method, pairs, means, *, seed=0, settings=None, protocol="both", run_id="r", best=1.0):
@@ -93,3 +93,43 @@ def test_lors_is_named_by_its_loss_in_the_budget_it_is_compared_in(results):
     assert table.loc[(50, "tesla"), "recall"] == 43.0  # the others keep name and budget
     assert table.loc[(50, "covmatch"), "recall"] == 31.5
     assert set(lors["method"]) == {"lors", "tesla"}  # the caller's rows are as they were
+
+
+def of_students(method, pair, means, **kwargs):
+    found = rows(method, 100, means, run_id=pair, **kwargs)
+    return [row | {"student_model": pair} for row in found]
+
+
+def test_transfer_compares_with_three_references():
+    table = transfer(
+        pd.DataFrame(
+            of_students("random", "other", [4.0, 6.0])
+            + of_students("random", "own", [10.0, 10.0])
+            + of_students("covmatch", "other", [14.0, 16.0])
+            + of_students("covmatch", "own", [39.0, 41.0])
+            + of_students("covmatch", "third", [20.0])
+            + of_students("full", "other", [50.0])
+        ),
+        own="own",
+    )
+    row = table.loc[("covmatch", "other")]
+    assert row["recall"] == 15
+    assert row["std"] == pytest.approx(2**0.5)
+    assert row["% of own"] == pytest.approx(100 * 15 / 40)
+    assert row["× random"] == pytest.approx(3)
+    assert row["% of full"] == pytest.approx(30)
+    assert row["students"] == 2
+    assert table.loc[("covmatch", "own"), "% of own"] == 100
+    assert table.loc[("covmatch", "own"), "× random"] == pytest.approx(4)
+    assert table.loc[("random", "other"), "% of own"] == pytest.approx(50)
+    # No random pairs and no full data for the third, no full data at home: nothing is made up.
+    assert table.loc[("covmatch", "third"), ["× random", "% of full"]].isna().all()
+    assert math.isnan(table.loc[("covmatch", "own"), "% of full"])
+    assert math.isnan(table.loc[("full", "other"), "% of own"])
+    assert table.loc["covmatch"].index.tolist() == ["own", "other", "third"]
+
+
+def test_transfer_averages_no_mixtures():
+    mixed = of_students("lors", "own", [1.0]) + of_students("lors", "own", [2.0], settings={"a": 1})
+    with pytest.raises(ConfigError, match="lors with students own holds 2 different"):
+        transfer(pd.DataFrame(mixed), own="own")
