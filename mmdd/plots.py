@@ -146,11 +146,13 @@ def heat_map(table: pd.DataFrame, title: str, axes: Axes | None = None, decimals
         fmt=f".{decimals}f",
         cmap=sns.color_palette("blend:#f4f8fb,#0b3c5d", as_cmap=True),
         vmin=0,
+        vmax=table.max(axis=None) if table.notna().any(axis=None) else 1,
         cbar=False,
         linewidths=1,
         annot_kws={"size": "medium"},
         ax=axes,
     )
+    axes.grid(False)  # it would show in empty cells
     axes.set(title=title, xlabel="", ylabel="")
     axes.tick_params(axis="x", rotation=30)
     for label in axes.get_xticklabels():

@@ -191,7 +191,7 @@ STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 # encoder, by `sweeps/tune_architectures.yaml`. Text encoders are frozen there and need none.
 STUDENTS |= {
     (f"scenes-{image}{text}", "image+text_head"): {"lr_image": rate}
-    for image, rate in (("resnet", 0.003), ("regnet", 0.003), ("vit", 0.003))
+    for image, rate in (("resnet", 0.001), ("regnet", 0.001), ("vit", 0.003))
     for text in ("", "-distil")
 }
 

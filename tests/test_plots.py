@@ -137,3 +137,5 @@ def test_heat_map() -> None:
     colours = axes.collections[0].get_facecolors()  # of all four cells, row by row
     lightness = colours[[0, 2, 3], :3].sum(axis=1)
     assert lightness[0] > lightness[1] > lightness[2]
+    empty = heat_map(table * float("nan"), "nothing yet")
+    assert [text.get_text() for text in empty.texts] == []
