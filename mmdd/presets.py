@@ -136,6 +136,7 @@ _MDM: dict[str, Any] = {
         "lr_text": 0.01,
     },
 }
+# On photos nothing was tried yet.
 _PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
 
