@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,6 +156,8 @@ def sweep(
     from mmdd.store import ResultsStore
     from mmdd.sweep import run_chapters, run_sweep
 
+    # What ends a batch job ends its kernels too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     how: dict[str, Any] = {
         "processes": jobs,
         "scheduler": scheduler,

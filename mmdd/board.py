@@ -1,6 +1,7 @@
 """What a sweep shows while it runs: a table in a terminal, else a line for each finished point."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +16,8 @@ _SHOWN = 8  # of the latest finished jobs
 class Board:
     """Progress of jobs. begun: name → `time.monotonic()` of those that run, kept by the caller.
 
-    total: jobs in all; done: of them finished before. With `show` false nothing is printed.
+    total: jobs in all; done: of them finished before; labels: of jobs, by name. With `show` false
+    nothing is printed.
     """
 
     def __init__(
@@ -23,6 +25,7 @@ class Board:
         total: int,
         done: int,
         begun: dict[str, float],
+        labels: Mapping[str, str],
         show: bool = True,
         console: Console | None = None,
     ) -> None:
@@ -30,7 +33,7 @@ class Board:
         self.console = console or Console(stderr=True, quiet=not show)
         self._started, self._done_before = time.monotonic(), done
         self._latest: list[tuple[str, str, str]] = []
-        self._labels: dict[str, str] = {}
+        self._labels = labels
         self._live = (
             Live(self.table(), console=self.console, transient=True, auto_refresh=False)
             if self.console.is_terminal and show
@@ -65,7 +68,7 @@ class Board:
         self._latest.append((label, "failed" if error else "done", told))
         if self._live is None:
             self.console.print(
-                f"[{self.done}/{self.total}] {label} ({name}): {'FAILED ' if error else ''}{told}",
+                f"[{self.done}/{self.total}] {label} ({name}): {'failed: ' if error else ''}{told}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
@@ -83,9 +86,11 @@ class Board:
         for column in ("point", "state", "mean recall (%)"):
             rows.add_column(column)
         for label, state, told in self._latest[-_SHOWN:]:
-            rows.add_row(label, Text(state, style="red" if state == "failed" else "green"), told)
+            colour = "red" if state == "failed" else "green"
+            rows.add_row(Text(label), Text(state, style=colour), Text(told))
         for name, since in sorted(self.begun.items(), key=lambda item: item[1]):
-            rows.add_row(name, f"running {_clock(now - since)}", "")
+            label = self._labels.get(name, name)
+            rows.add_row(Text(label), f"running {_clock(now - since)}", "")
         return Group(Text(f"{head} {left}".strip()), rows)
 
 

@@ -27,6 +27,8 @@ def export_tensors(pairs: SyntheticPairs, path: str | Path) -> Path:
     Book: book/format.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name the file to write.")
     atomic_write(path, lambda temporary: save_file(_plain(pairs), temporary))
     return path
 
@@ -81,7 +83,7 @@ def dataset_card(pairs: SyntheticPairs, name: str) -> str:
         f"pretty_name: {json.dumps(name)}",
         f"license: {known.get(licence, 'other')}",
         "tags: [dataset-distillation, image-text-retrieval]",
-        "size_categories: [n<1K]",
+        f"size_categories: [{'n<1K' if len(pairs) < 1000 else '1K<n<10K'}]",
         "---",
         "",
         f"# {name}",

@@ -60,8 +60,12 @@ def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[
     if sweep.notebook is not None:
         raise ConfigError(f"{path} executes {sweep.notebook}, which makes no records of runs.")
     points: dict[str, RunConfig] = {}
+    try:
+        base = nest(sweep.base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, line {lines.of('base')}: {error}") from error
     for number, chosen in expand(path, sweep, lines):
-        wishes = nest(sweep.base)
+        wishes = deepcopy(base)
         for key, value in chosen.items():
             try:
                 _put(wishes, key, value)
@@ -71,12 +75,17 @@ def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[
         wishes |= {"sweep": sweep.sweep, "runtime": runtime or {}}
         try:
             point = preset(sweep.preset, **wishes)
-        except (ValidationError, ConfigError) as error:
+            found = point.run_id
+        except (ValidationError, ConfigError, TypeError, AttributeError) as error:
             line = _guilty_line(error, number, chosen, sweep, lines)
             described = ", ".join(f"{k}={v}" for k, v in chosen.items())
-            why = explain(error) if isinstance(error, ValidationError) else error
+            why: object = error
+            if isinstance(error, ValidationError):
+                why = explain(error)
+            elif not isinstance(error, ConfigError):  # a value where a mapping belongs, or so
+                why = f"a value has the wrong form ({error})"
             raise ConfigError(f"{path}, line {line} ({described}): {why}") from error
-        points.setdefault(point.run_id, point)
+        points.setdefault(found, point)
     return list(points.values())
 
 
@@ -85,6 +94,9 @@ def read_sweep(path: Path) -> tuple[SweepFile, "Lines"]:
     try:
         text = path.read_text(encoding="utf-8")
         sweep = SweepFile.model_validate(yaml.safe_load(text))
+        twice = _written_twice(yaml.compose(text))
+        if twice is not None:
+            raise ConfigError(f"{path}, line {twice[1]}: {twice[0]!r} is there twice in a mapping.")
     except ValidationError as error:
         raise ConfigError(f"{path} is not a sweep file: {explain(error)}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -100,38 +112,70 @@ def expand(path: Path, sweep: SweepFile, lines: "Lines") -> list[tuple[int, dict
     found: list[tuple[int, dict[str, Any]]] = []
     for number, block in enumerate(sweep.grid):
         here = f"{path}, line {lines.of('grid', number)}"
-        taken = [k for k in (*sweep.base, *block) if k.split(".")[0] in _ELSEWHERE]
-        if taken:
-            raise ConfigError(
-                f"{here}: {taken[0]!r} is no matter of base or grid: `sweep` stands at the top of "
-                "the file, the runtime on the command line."
-            )
-        points = _product(path, number, block, lines)
-        if sweep.seeds is not None:
-            if "seed" in block:
-                raise ConfigError(f"{here}: the file has seeds for every block, and this one too.")
-            points = [point | {"seed": seed} for seed in sweep.seeds for point in points]
+        together = block.get("zip", {})
+        keys = [*block, *(together if isinstance(together, dict) else ())]
+        _check_keys(here, [*sweep.base, *keys])
+        if sweep.seeds is not None and "seed" in keys:
+            raise ConfigError(f"{here}: the file has seeds for every block, and this one too.")
+        points = _product(path, number, block, sweep, lines)
         found += [(number, point) for point in points]
     for number, override in enumerate(sweep.override):
         where = f"{path}, line {lines.of('override', number)}"
+        _check_keys(where, list(override.set))
         fitting = [p for _, p in found if _fits(sweep.base | p, override.when)]
         if not fitting:
             raise ConfigError(f"{where}: no point has {_told(override.when)}, nothing to override.")
         for point in fitting:
-            point.update(override.set)
+            for key, value in override.set.items():
+                old = point.pop(key, None)  # what comes later wins, so it goes to the end
+                both = isinstance(old, dict) and isinstance(value, dict)
+                point[key] = merge(old, value) if both else value
     return found
 
 
+def _check_keys(where: str, keys: list[Any]) -> None:
+    odd = [key for key in keys if not isinstance(key, str)]
+    if odd:
+        raise ConfigError(f"{where}: {odd[0]!r} is no name of a setting.")
+    taken = [key for key in keys if key.split(".")[0] in _ELSEWHERE]
+    if taken:
+        raise ConfigError(
+            f"{where}: {taken[0]!r} is no matter of base or grid: `sweep` stands at the top of the "
+            "file, the runtime on the command line."
+        )
+
+
+def _written_twice(node: yaml.Node | None) -> tuple[str, int] | None:
+    """A key that a mapping has twice, of which YAML would silently take the last, and its line."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                return name, key.start_mark.line + 1
+            seen.add(name)
+            found = _written_twice(value)
+            if found is not None:
+                return found
+    elif isinstance(node, yaml.SequenceNode):
+        return next(filter(None, map(_written_twice, node.value)), None)
+    return None
+
+
 def _product(
-    path: Path, number: int, block: dict[str, Any], lines: "Lines"
+    path: Path, number: int, block: dict[str, Any], sweep: SweepFile, lines: "Lines"
 ) -> list[dict[str, Any]]:
-    """The points of one block."""
+    """The points of one block, those of the file's seeds included."""
     here = f"{path}, line {lines.of('grid', number)}"
     block = dict(block)
     together, left_out = block.pop("zip", {}), block.pop("exclude", [])
     if not isinstance(together, dict) or not isinstance(left_out, list):
         raise ConfigError(f"{here}: zip is a mapping of lists, and exclude a list of mappings.")
     axes = {key: value if isinstance(value, list) else [value] for key, value in block.items()}
+    twice = [key for key in together if key in axes]
+    if twice:
+        line = lines.of("grid", number, "zip")
+        raise ConfigError(f"{path}, line {line}: {twice[0]!r} is both in zip and beside it.")
     empty = [key for key, values in (axes | together).items() if values == []]
     if empty:
         line = lines.of("grid", number, empty[0])
@@ -150,11 +194,13 @@ def _product(
         for values in itertools.product(*axes.values())
         for row in rows
     ]
+    if sweep.seeds is not None:
+        points = [point | {"seed": seed} for seed in sweep.seeds for point in points]
     for rule in left_out:
         line = lines.of("grid", number, "exclude")
         if not isinstance(rule, dict):
             raise ConfigError(f"{path}, line {line}: {rule!r} is no mapping of keys to values.")
-        kept = [point for point in points if not _fits(point, rule)]
+        kept = [point for point in points if not _fits(sweep.base | point, rule)]
         if len(kept) == len(points):
             raise ConfigError(f"{path}, line {line}: no point has {_told(rule)} to exclude.")
         points = kept

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +25,45 @@ class ResultsStore:
         self.folder = Path(folder)
 
     def find(self, run_id: str) -> dict[str, Any] | None:
-        """The finished record of a run, from whichever sweep has it, or None."""
+        """The latest finished record of a run, from whichever sweep has it, or None."""
+        found = []
         for path in sorted(self.folder.glob(f"{_SWEEPS}/{run_id}.json")):
-            return _read(path)
+            with suppress(FileNotFoundError):  # packed since; then the packed file has it
+                found.append(_read(path))
         for path in sorted(self.folder.glob("*.jsonl")):
             # Parsing a line costs more than looking for the id in it first.
             for number, line in enumerate(_text(path).splitlines(), 1):
                 if f'"run_id": "{run_id}"' in line:
-                    return _parse(line, f"{path}, line {number}")
-        return None
+                    found.append(_parse(line, f"{path}, line {number}"))
+        return max(found, key=_age, default=None)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every finished record once; an unpacked one goes before its packed copy."""
-        seen: set[str] = set()
+        """Every finished record once: of several copies, packed or in other sweeps, the latest."""
+        latest: dict[str, dict[str, Any]] = {}
+        for record in self._all():
+            known = latest.get(record["run_id"])
+            if known is None or _age(record) > _age(known):
+                latest[record["run_id"]] = record
+        yield from latest.values()
+
+    def _all(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self.folder.glob(f"{_SWEEPS}/*.json")):
-            record = _read(path)
-            if record["run_id"] not in seen:
-                seen.add(record["run_id"])
-                yield record
+            with suppress(FileNotFoundError):
+                yield _read(path)
         for path in sorted(self.folder.glob("*.jsonl")):
-            for record in _packed(path):
-                if record["run_id"] not in seen:
-                    seen.add(record["run_id"])
-                    yield record
+            yield from _packed(path)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Store a finished record, atomically."""
-        path = self.working_folder(record["sweep"]) / f"{record['run_id']}.json"
-        atomic_write_text(path, json.dumps(record, sort_keys=True, indent=1) + "\n")
+        sweep = record["sweep"]
+        path = self.working_folder(sweep) / f"{record['run_id']}.json"
+        with self._lock(sweep):  # or packing could remove it right after reading the one before
+            atomic_write_text(path, json.dumps(record, sort_keys=True, indent=1) + "\n")
         return path
+
+    def _lock(self, sweep: str) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / f".{sweep}.lock")
 
     def working_folder(self, sweep: str) -> Path:
         """The folder of a sweep's records, checkpoints and sets."""
@@ -63,8 +74,10 @@ class ResultsStore:
 
         Raises `StoreError` when the sweep has no record.
         """
+        if not self.folder.exists():
+            raise StoreError(f"sweep {sweep!r} has no record under {self.folder}: nothing to pack.")
         # Two sweeps that pack at once would each lose what the other has just written.
-        with FileLock(self.folder / f".{sweep}.lock"):
+        with self._lock(sweep):
             return self._pack(sweep)
 
     def _pack(self, sweep: str) -> Path:
@@ -81,6 +94,11 @@ class ResultsStore:
         for path in singles:
             path.unlink()
         return target
+
+
+def _age(record: dict[str, Any]) -> str:
+    """When a record was finished, as text that sorts."""
+    return str(record.get("finished", ""))
 
 
 def _read(path: Path) -> dict[str, Any]:

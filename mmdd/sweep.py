@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mmdd.board import Board
 from mmdd.config import RunConfig, is_stale
@@ -94,13 +94,25 @@ def run_chapters(
     jobs: dict[str, Job] = {}
     for _, chosen in expand(path, sweep, lines):
         values = nest(sweep.base | chosen)
-        name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        name = _name_of(sweep.notebook, values)
         jobs[name] = Job(name, " ".join(f"{k}={v}" for k, v in chosen.items()), values)
     store = ResultsStore(results_dir)
     missing = [job for job in jobs.values() if not _executed(store, sweep.sweep, job).exists()]
     done = len(jobs) - len(missing)
     missing = missing[:limit]
     return run_jobs(missing, store, sweep.sweep, sweep.notebook, done=done, **how)
+
+
+def _name_of(notebook: str, values: dict[str, Any]) -> str:
+    """16 hex digits of a chapter as it is now and its parameters."""
+    try:
+        told = json.dumps(values, sort_keys=True)
+        content = Path(notebook).read_bytes()
+    except TypeError as error:
+        raise ConfigError(f"a parameter of {notebook} is no plain value: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{notebook} cannot be read: {error}") from error
+    return hashlib.sha256(told.encode() + content).hexdigest()[:16]
 
 
 def run_jobs(
@@ -133,7 +145,7 @@ def run_jobs(
     failed: dict[str, str] = {}
     begun: dict[str, float] = {}
     with (
-        Board(done + len(jobs), done, begun, progress) as board,
+        Board(done + len(jobs), done, begun, {j.name: j.label for j in jobs}, progress) as board,
         _executor(processes, scheduler) as executor,
     ):
         waiting: dict[Future[str], Job] = {}
@@ -151,7 +163,7 @@ def run_jobs(
                 if error:
                     failed[job.name] = error
                 board.finished(job.name, job.label, error, _score(job, store))
-        except KeyboardInterrupt:
+        except BaseException:  # an interrupt, or a fault of our own: nothing goes on unseen
             for future in waiting:
                 future.cancel()  # or the pool would finish the grid
             _stop_all()
@@ -171,7 +183,10 @@ def check_notebook(notebook: str | Path, wanted: Iterable[str]) -> None:
         raise ConfigError(
             f"{notebook} has no cell with the tag 'parameters': values would change nothing."
         )
-    declared = ast.walk(ast.parse("".join(tagged[0]["source"])))
+    try:
+        declared = ast.walk(ast.parse("".join(tagged[0]["source"])))
+    except SyntaxError as error:
+        raise ConfigError(f"{notebook}: its parameters are no plain Python: {error}") from error
     known = [n.id for n in declared if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     unknown = sorted(set(wanted) - set(known))
     if unknown:
@@ -194,24 +209,38 @@ def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int)
         (folder / name).mkdir(parents=True, exist_ok=True)
     report = folder / "errors" / f"{job.name}.txt"
     error = "interrupted"
-    # Another sweep may be at the same point: the later one waits, and finds it done.
-    with FileLock(folder / "locks" / f"{job.name}.lock"):
+    # Another sweep may be at the same job: the later one waits, and finds it done.
+    lock = FileLock(folder / "locks" / f"{job.name}.lock")
+    while not _stopping.is_set():
+        try:
+            lock.acquire(timeout=1)
+            break
+        except Timeout:
+            continue
+    try:
         for _ in range(retries + 1):
             if _stopping.is_set():
                 return error
-            if job.point is not None and _is_done(job.point, store):
+            if (
+                _executed(store, sweep, job).exists()
+                if job.point is None
+                else _is_done(job.point, store)
+            ):
                 return ""
             error = _papermill(job, store, sweep, notebook)
             if not error:
                 report.unlink(missing_ok=True)
                 return ""
             report.write_text(error + "\n", encoding="utf-8")
+    finally:
+        lock.release()
     return "\n".join(error.splitlines()[-_LINES:])
 
 
 def _papermill(job: Job, store: ResultsStore, sweep: str, notebook: str) -> str:
     target = _executed(store, sweep, job)
     part = target.with_suffix(".part.ipynb")
+    before = _finished_at(job, store)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "ERROR"]
     command += [notebook, str(part), "--parameters_yaml", yaml.safe_dump(job.parameters)]
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
@@ -224,18 +253,21 @@ def _papermill(job: Job, store: ResultsStore, sweep: str, notebook: str) -> str:
         env=environment,
     )
     _running.add(process)
+    if _stopping.is_set():  # set since it was last looked at: nobody else would stop this one
+        process.send_signal(signal.SIGTERM)
     try:
         out, err = process.communicate()
     finally:
         _running.discard(process)
     if part.exists():
         part.replace(target if process.returncode == 0 else target.with_suffix(".failed.ipynb"))
-    missing = job.point is not None and not _is_done(job.point, store)
+    # A new record is a success even where the code was edited meanwhile and calls it stale.
+    missing = job.point is not None and _finished_at(job, store) in (None, before)
     if process.returncode == 0 and not missing:
         target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
         return ""
     ending = f"exit code {process.returncode}" + (", no record written" if missing else "")
-    return f"{(err or out).strip()}\n{ending}"
+    return "\n".join(filter(None, [out.strip(), err.strip(), ending]))
 
 
 def _begin(
@@ -247,6 +279,11 @@ def _begin(
         return execute(job, *order)
     finally:
         begun.pop(job.name, None)
+
+
+def _finished_at(job: Job, store: ResultsStore) -> str | None:
+    found = None if job.point is None else store.find(job.point.run_id)
+    return None if found is None else str(found.get("finished", "")) + found["run_id"]
 
 
 def _executed(store: ResultsStore, sweep: str, job: Job) -> Path:

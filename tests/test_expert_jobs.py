@@ -50,6 +50,16 @@ def test_processes_make_what_the_run_would_make(
     assert str(tmp_path) not in json.dumps(record)
 
 
+def test_repblends_experts_are_those_of_the_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its protocol: the run finds what was trained ahead of it."""
+    config = make(tmp_path / "jobs", method="repblend")
+    train_all(config, progress=False)
+    monkeypatch.setattr("mmdd.experts._train", None)
+    assert run(config, tmp_path / "results")["cost"]["expert_bytes"] > 0
+
+
 def test_a_dask_cluster(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(

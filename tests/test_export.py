@@ -68,6 +68,11 @@ def test_plain_tensors(pairs: SyntheticPairs, tmp_path: Path) -> None:
     assert set(load_file(export_tensors(bare, tmp_path / "y.safetensors"))) == {"images", "texts"}
 
 
+def test_a_file_is_no_folder(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder: name the file"):
+        export_tensors(pairs, tmp_path)
+
+
 def test_a_folder(pairs: SyntheticPairs, tmp_path: Path) -> None:
     folder = export_folder(pairs, tmp_path / "deep" / "set")
     check_tensors(folder / "pairs.safetensors", pairs)

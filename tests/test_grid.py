@@ -97,6 +97,20 @@ def test_a_point_comes_once(tmp_path: Path) -> None:
         ({"grid": [{"pairs": 3, "exclude": [{"pairs": 4}]}]}, "line 5: no point has pairs=4"),
         ({"grid": [{"pairs": 3, "exclude": [{"pairs": 3}]}]}, "line 4: everything is excluded"),
         ({"grid": [{"pairs": 3, "seed": 1}], "seeds": [0]}, "line 4: the file has seeds"),
+        ({"grid": [{"zip": {"seed": [1]}}], "seeds": [0]}, "line 4: the file has seeds"),
+        ({"grid": [{"pairs": 3, "zip": {"pairs": [4]}}]}, "line 5: 'pairs' is both in zip"),
+        ({"grid": [{"zip": {"runtime.threads": [4]}}]}, r"line 4: 'runtime\.threads' is no matter"),
+        ({"grid": [{"zip": {1: [4]}}]}, "line 4: 1 is no name of a setting"),
+        (
+            {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 3}, "set": {"sweep": "x"}}]},
+            "line 6: 'sweep' is no matter of",
+        ),
+        ({"grid": [{"method": "lors", "evaluation": 3}]}, "line 4 .*evaluation=3.*wrong form"),
+        ({"grid": [{"student": "scenes-tiny"}]}, "line 4 .*student=scenes-tiny"),
+        ({"grid": [{"model": "scenes-tiny"}]}, "line 4 .*model=scenes-tiny"),
+        ({"grid": [{"method": [["random"]]}]}, "line 4 .*wrong form"),
+        ({"base": {"name": "x"}, "grid": [{"pairs": 3}]}, "line 6 .*wrong form"),
+        ({"base": {"seed": 1, "seed.x": 2}, "grid": [{"pairs": 3}]}, "line 3: 'seed.x' cannot be"),
         ({"grid": [{"pairs": 3}], "seeds": []}, "not a sweep file: seeds: "),
         (
             {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 4}, "set": {"seed": 1}}]},
@@ -182,6 +196,35 @@ def test_excluded_points_are_left_out(tmp_path: Path) -> None:
         ("dm", 30, 0),
         ("dm", 30, 1),
     ]
+
+
+def test_exclusions_see_what_is_shared(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        base={"method": "random"},
+        seeds=[0, 1],
+        grid=[{"pairs": [5, 6], "exclude": [{"method": "random", "pairs": 5, "seed": 1}]}],
+    )
+    found = [(p.pairs, p.seed) for p in load_sweep(path)]
+    assert found == [(5, 0), (6, 0), (6, 1)]
+
+
+def test_an_override_goes_over_everything(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        grid=[{"method": "covmatch", "settings": {"lambda_": 0.3}, "settings.rho": [1, 2]}],
+        override=[{"when": {"method": "covmatch"}, "set": {"settings": {"rho": 5}}}],
+    )
+    (point,) = load_sweep(path)  # both have ρ = 5 now, and a point comes once
+    assert point.settings.rho == 5  # type: ignore[union-attr]
+    assert point.settings.lambda_ == 0.3  # type: ignore[union-attr]
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("sweep: s\npreset: tiny\ngrid:\n  - pairs: 3\n    pairs: [4]\n")
+    with pytest.raises(ConfigError, match="line 5: 'pairs' is there twice"):
+        load_sweep(path)
 
 
 def test_seeds_and_overrides(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The results store: whole records, packed or not, and errors that name the line."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,61 @@ def test_write_and_find(store: ResultsStore) -> None:
     store.write(record("a", value=0.2))
     assert store.find("a") == record("a", value=0.2)
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_the_latest_copy_of_a_record_counts(store: ResultsStore) -> None:
+    """A record that was redone under another sweep is not hidden by the old one, packed or not."""
+    old, new = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+    for first, second in ((old, new), (new, old)):
+        store.write(record("x", sweep="a", finished=first))
+        store.write(record("x", sweep="b", finished=second))
+        for pack in ((), ("a",), ("b",)):
+            for sweep in pack:
+                store.pack(sweep)
+            found = store.find("x")
+            assert found is not None
+            assert found["finished"] == new
+            assert [r["finished"] for r in store.records()] == [new]
+
+
+def test_packing_and_writing_take_turns(store: ResultsStore) -> None:
+    """A record written while another process packs is written before or after, never lost."""
+    store.write(record("x", finished="1"))
+    written = threading.Event()
+
+    def write() -> None:
+        store.write(record("x", finished="2"))
+        written.set()
+
+    with store._lock("s"):
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert not written.wait(0.3)
+    thread.join()
+    store.pack("s")
+    found = store.find("x")
+    assert found is not None
+    assert found["finished"] == "2"
+
+
+def test_a_file_that_is_packed_meanwhile_is_no_error(
+    store: ResultsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process packs between the listing of the files and the reading of one."""
+    store.write(record("x"))
+    listing = Path.glob
+
+    def glob(self: Path, pattern: str) -> list[Path]:
+        found = list(listing(self, pattern))
+        if found and found[0].suffix == ".json" and not (store.folder / "s.jsonl").exists():
+            monkeypatch.undo()
+            store.pack("s")
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert store.find("x") == record("x")
+    assert (store.folder / "s.jsonl").exists()
+    assert ids(store) == ["x"]
 
 
 def test_other_files_of_a_sweep_are_no_records(store: ResultsStore) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 import yaml
 
@@ -273,6 +274,10 @@ def test_a_chapter_for_every_point(tmp_path: Path) -> None:
     before = executed.stat().st_mtime_ns
     assert len(run_chapters(path, tmp_path / "results", retries=0, progress=False)) == 1
     assert executed.stat().st_mtime_ns == before
+    # An edited chapter is another one.
+    make_notebook(chapter, "print('product', a * b)", "a = 0\nb = 0")
+    assert run_chapters(path, tmp_path / "results", retries=0, progress=False) == {}
+    assert len(list(executed.parent.glob("*.ipynb"))) == 4  # and the failed one of before
     wrong = write(tmp_path / "w.yaml", notebook=str(chapter), grid=[{"c": 1}])
     with pytest.raises(ConfigError, match="has no parameter 'c'; it declares: a, b"):
         run_chapters(wrong, tmp_path / "results", progress=False)
@@ -286,6 +291,9 @@ def test_notebooks_that_cannot_be_swept(tmp_path: Path) -> None:
     check_notebook(other, ["config"])
     with pytest.raises(ConfigError, match="has no parameter 'results_dir'; it declares: config"):
         check_notebook(other, ["config", "results_dir"])
+    magic = make_notebook(tmp_path / "magic.ipynb", "x = 1", "%matplotlib inline\nconfig = {}")
+    with pytest.raises(ConfigError, match="its parameters are no plain Python"):
+        check_notebook(magic, ["config"])
     (tmp_path / "text.ipynb").write_text("no notebook")
     for name in ("text.ipynb", "none.ipynb"):
         with pytest.raises(ConfigError, match=f"{name} is not a notebook"):
@@ -323,16 +331,15 @@ def waiting_notebook(tmp_path: Path) -> Path:
 
 
 @pytest.mark.notebook
-def test_an_interrupted_sweep_begins_no_other_point(tmp_path: Path, waiting_notebook: Path) -> None:
-    results = tmp_path / "results"
-    results.mkdir()
-    path = write(tmp_path / "s.yaml", base=SMALL, grid=[{"method": "random", "seed": [1, 2, 3]}])
+def test_an_interrupt_stops_what_runs_and_begins_nothing(tmp_path: Path) -> None:
+    """The kernel of the running point would go on for a minute."""
+    points = seeds(tmp_path, 1, 2, 3)
+    notebook = recorder(tmp_path, 60.0)
 
     def interrupt() -> None:
-        while not list(results.glob("began-*")) and not stop.is_set():
+        while not attempts(tmp_path) and not stop.is_set():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
-        (results / "leave").touch()
 
     stop = threading.Event()
     watcher = threading.Thread(target=interrupt, daemon=True)
@@ -341,12 +348,17 @@ def test_an_interrupted_sweep_begins_no_other_point(tmp_path: Path, waiting_note
     try:
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(load_sweep(path), results, notebook=waiting_notebook, progress=False)
+            run_sweep(points, tmp_path / "results", notebook=notebook, progress=False)
     finally:
         stop.set()
         watcher.join()
         signal.signal(signal.SIGINT, usual)
-    assert len(list(results.glob("began-*"))) == 1
+    [(_, kernel)] = attempts(tmp_path)
+    until = time.monotonic() + 30  # the kernel looks for its parent every now and then
+    while psutil.pid_exists(kernel) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not psutil.pid_exists(kernel)
+    assert not list(ResultsStore(tmp_path / "results").records())
 
 
 @pytest.mark.notebook
