@@ -16,7 +16,7 @@ class DecoupledConfig(LorsConfig):
     min_start_epoch and max_start_epoch: first and last snapshot that the image branch may start
     from; min_start_text and max_start_text: those of the text branch.
 
-    Source: AMD (ICLR 2026), known from reports. Book: notebooks/06_lors.
+    Source: AMD (ICLR 2026), known from reports. Book: notebooks/17_repblend_amd.
     """
 
     min_start_epoch: int = Field(default=0, ge=0)
@@ -41,7 +41,7 @@ class Decoupled(TrajectoryMatching):
     `expert_epochs` later. AMD also adapts the ranges while it runs, by how fast each modality
     converges; here they are settings. Raises `ConfigError` for experts that are too short.
 
-    Source: AMD (ICLR 2026), known from reports. Book: notebooks/06_lors.
+    Source: AMD (ICLR 2026), known from reports. Book: notebooks/17_repblend_amd.
     """
 
     name = "amd"

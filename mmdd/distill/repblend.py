@@ -29,7 +29,7 @@ class RepBlendConfig(LorsConfig):
     Beta(blend_beta, blend_beta), as mixup does and the released code with 1. None takes `blend`
     for every step instead; 0 blends nothing.
 
-    Source: RepBlend (NeurIPS 2025). Book: notebooks/06_lors.
+    Source: RepBlend (NeurIPS 2025). Book: notebooks/17_repblend_amd.
     """
 
     blend_beta: float | None = Field(default=1.0, gt=0)
@@ -44,7 +44,7 @@ class RepBlend(TrajectoryMatching):
     experts are those of the protocol "heads", also where the students train the image encoder too
     ("image+text_head"). Raises `ConfigError` under "both", whose texts are no vectors.
 
-    Source: RepBlend (NeurIPS 2025). Book: notebooks/06_lors.
+    Source: RepBlend (NeurIPS 2025). Book: notebooks/17_repblend_amd.
     """
 
     name = "repblend"
@@ -96,7 +96,7 @@ class RepBlend(TrajectoryMatching):
 def blended(features: Tensor, partner: Tensor, rho: float) -> Tensor:
     """(1 - ρ) h_m + ρ h_i for every row m of (m, d) features; partner: (m,) int64, the row i.
 
-    Source: RepBlend (NeurIPS 2025). Book: notebooks/06_lors.
+    Source: RepBlend (NeurIPS 2025). Book: notebooks/17_repblend_amd.
     """
     return (1 - rho) * features + rho * features[partner]
 
