@@ -32,6 +32,8 @@ METHOD_COLOURS = {
     "lors-wbce": "#D9C700",
     "lors-ence": "#F7F0A0",
     "mdm": "#CC79A7",
+    "repblend": "#D55E00",
+    "amd": "#8C3B00",
     "covmatch": "#0072B2",
     "full": "#444444",
 }
