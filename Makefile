@@ -50,9 +50,7 @@ pretrained: $(STAMP)  ## train the small encoders in data/pretrained again
 GRIDS := $(if $(DATA),$(wildcard sweeps/*.yaml),$(filter-out %photos.yaml sweeps/photos%,$(wildcard sweeps/*.yaml)))
 
 sweep: $(STAMP)  ## run the grids in sweeps/ (SWEEP=sweeps/one.yaml, DATA=photos, JOBS=2)
-	set -- $(or $(SWEEP),$(GRIDS)); \
-	if [ $$# = 0 ]; then echo "there is no grid in sweeps/"; fi; \
-	for grid in "$$@"; do echo "== $$grid"; $(BIN)/python -m mmdd sweep "$$grid" --jobs $(or $(JOBS),1) $(if $(DATA),--data $(DATA)); done
+	$(BIN)/python -m mmdd sweep $(or $(SWEEP),$(GRIDS)) --jobs $(or $(JOBS),1) $(if $(DATA),--data $(DATA))
 
 bench: $(STAMP)  ## measure speed and memory (BENCH=benchmarks/one.py for one)
 	set -- $(or $(BENCH),$(wildcard benchmarks/*.py)); \

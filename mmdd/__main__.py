@@ -134,7 +134,7 @@ def export(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A grid in YAML, see sweeps/.")],
+    files: Annotated[list[Path], typer.Argument(help="Grids in YAML, see sweeps/.")],
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 1,
     scheduler: Annotated[
         str | None, typer.Option(help="A Dask scheduler instead, tcp://host:port.")
@@ -149,9 +149,11 @@ def sweep(
     redo_stale: Annotated[
         bool, typer.Option("--redo-stale", help="Run points again whose record older code made.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Run no more points than this.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Run no more points of a grid than this.")
+    ] = None,
 ) -> None:
-    """Carry out every point of a grid that is not done yet, through papermill."""
+    """Carry out every point of grids that is not done yet, through papermill."""
     from mmdd.grid import load_sweep, read_sweep
     from mmdd.store import ResultsStore
     from mmdd.sweep import run_chapters, run_sweep
@@ -165,22 +167,29 @@ def sweep(
         "retries": retries,
         "limit": limit,
     }
-    name = read_sweep(file)[0].sweep
-    if read_sweep(file)[0].notebook is not None:
-        failed = run_chapters(file, results, **how)
-    else:
-        runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
-        if data is not None:
-            runtime["data"] = str(data.resolve())
-        failed = run_sweep(load_sweep(file, runtime), results, **how)
+    runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
+    if data is not None:
+        runtime["data"] = str(data.resolve())
     store = ResultsStore(results)
-    for run_id, error in failed.items():
-        where = store.working_folder(name) / "errors" / f"{run_id}.txt"
-        typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)
-    # Points that another sweep has done leave nothing to pack here.
-    if pack and any(store.working_folder(name).glob("*.json")):
-        typer.echo(f"packed into {store.pack(name)}")
-    raise typer.Exit(code=1 if failed else 0)
+    grids = []
+    for file in files:  # a mistake in the last one is told before the first one runs
+        grid = read_sweep(file)[0]
+        points = None if grid.notebook is not None else load_sweep(file, runtime)
+        grids.append((file, grid.sweep, points))
+    any_failed = False
+    for file, name, points in grids:
+        if points is None:
+            failed = run_chapters(file, results, **how)
+        else:
+            failed = run_sweep(points, results, **how)
+        any_failed |= bool(failed)
+        for run_id, error in failed.items():
+            where = store.working_folder(name) / "errors" / f"{run_id}.txt"
+            typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)
+        # Points that another sweep has done leave nothing to pack here.
+        if pack and any(store.working_folder(name).glob("*.json")):
+            typer.echo(f"packed into {store.pack(name)}")
+    raise typer.Exit(code=1 if any_failed else 0)
 
 
 @app.command()

@@ -93,15 +93,15 @@ def read_sweep(path: Path) -> tuple[SweepFile, "Lines"]:
     """A sweep file as it stands, and where in it things stand. Raises `ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
-        sweep = SweepFile.model_validate(yaml.safe_load(text))
-        twice = _written_twice(yaml.compose(text))
+        sweep, lines = SweepFile.model_validate(yaml.safe_load(text)), Lines(text)
+        twice = _written_twice(lines.root)
         if twice is not None:
             raise ConfigError(f"{path}, line {twice[1]}: {twice[0]!r} is there twice in a mapping.")
     except ValidationError as error:
         raise ConfigError(f"{path} is not a sweep file: {explain(error)}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not a sweep file: {error}") from error
-    return sweep, Lines(text)
+    return sweep, lines
 
 
 def expand(path: Path, sweep: SweepFile, lines: "Lines") -> list[tuple[int, dict[str, Any]]]:
@@ -225,11 +225,11 @@ class Lines:
     """Where in a YAML text its parts stand, counted from 1."""
 
     def __init__(self, text: str) -> None:
-        self._root = yaml.compose(text)
+        self.root = yaml.compose(text)
 
     def of(self, *path: str | int) -> int:
         """The line of what keys and numbers lead to, or of the last of them that is there."""
-        node, line = self._root, 1
+        node, line = self.root, 1
         for step in path:
             if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
                 node = node.value[step]

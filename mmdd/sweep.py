@@ -62,7 +62,8 @@ def run_sweep(
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
-    missing = [point for point in points if not _is_done(point, store)]
+    latest = {record["run_id"]: record for record in store.records()}
+    missing = [point for point in points if not _counts(latest.get(point.run_id), point)]
     done = len(points) - len(missing)
     jobs = [
         Job(
@@ -97,7 +98,7 @@ def run_chapters(
         name = _name_of(sweep.notebook, values)
         jobs[name] = Job(name, " ".join(f"{k}={v}" for k, v in chosen.items()), values)
     store = ResultsStore(results_dir)
-    missing = [job for job in jobs.values() if not _executed(store, sweep.sweep, job).exists()]
+    missing = [job for job in jobs.values() if not _is_done(job, store, sweep.sweep)]
     done = len(jobs) - len(missing)
     missing = missing[:limit]
     return run_jobs(missing, store, sweep.sweep, sweep.notebook, done=done, **how)
@@ -221,11 +222,7 @@ def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int)
         for _ in range(retries + 1):
             if _stopping.is_set():
                 return error
-            if (
-                _executed(store, sweep, job).exists()
-                if job.point is None
-                else _is_done(job.point, store)
-            ):
+            if _is_done(job, store, sweep):
                 return ""
             error = _papermill(job, store, sweep, notebook)
             if not error:
@@ -283,16 +280,22 @@ def _begin(
 
 def _finished_at(job: Job, store: ResultsStore) -> str | None:
     found = None if job.point is None else store.find(job.point.run_id)
-    return None if found is None else str(found.get("finished", "")) + found["run_id"]
+    return None if found is None else str(found.get("finished", ""))
 
 
 def _executed(store: ResultsStore, sweep: str, job: Job) -> Path:
     return store.working_folder(sweep) / "notebooks" / f"{job.name}.ipynb"
 
 
-def _is_done(point: RunConfig, store: ResultsStore) -> bool:
-    found = store.find(point.run_id)
-    return found is not None and not (point.runtime.redo_stale and is_stale(found))
+def _is_done(job: Job, store: ResultsStore, sweep: str) -> bool:
+    if job.point is None:
+        return _executed(store, sweep, job).exists()
+    return _counts(store.find(job.point.run_id), job.point)
+
+
+def _counts(record: dict[str, Any] | None, point: RunConfig) -> bool:
+    """True where there is a record that the point need not make again."""
+    return record is not None and not (point.runtime.redo_stale and is_stale(record))
 
 
 def _score(job: Job, store: ResultsStore) -> float | None:

@@ -223,11 +223,19 @@ def test_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     packed = (results / "one.jsonl").read_text()
     assert packed.count("\n") == 1
     # What is done is done, also in another sweep, where nothing is left to pack.
-    for name in ("one", "two"):
-        code, out, _ = call("sweep", write(name, [4]), "--results", results)
-        assert (code, out) == (0, "")
+    done = [write(name, [4]) for name in ("one", "two")]
+    code, out, _ = call("sweep", *done, "--results", results)
+    assert (code, out) == (0, "")
     assert (results / "one.jsonl").read_text() == packed
     assert not (results / "two.jsonl").exists()
+    # Grids after one another; a mistake in the second is told before the first runs.
+    missing = write("three", [5])
+    code, _, err = call("sweep", missing, tmp_path / "no.yaml", "--results", results)
+    assert code == 2
+    assert "no.yaml is not a sweep file" in err
+    assert not (results / "three.jsonl").exists()
+    code, out, _ = call("sweep", *done, missing, "--results", results)
+    assert (code, out) == (0, f"packed into {results / 'three.jsonl'}\n")
 
 
 def test_experts(call: Call, tmp_path: Path) -> None:
