@@ -34,6 +34,7 @@ METHOD_COLOURS = {
     "mdm": "#CC79A7",
     "repblend": "#D55E00",
     "amd": "#8C3B00",
+    "cov-trajectory": "#004F3B",
     "covmatch": "#0072B2",
     "full": "#444444",
 }

@@ -159,6 +159,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("lors", "scenes-tiny", "heads"): _TRAJECTORY
     | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
     ("mtt", "scenes-tiny", "heads"): _TRAJECTORY,
+    ("cov-trajectory", "scenes-tiny", "image+text_head"): _TRAJECTORY,
+    ("cov-trajectory", "scenes-tiny", "heads"): _TRAJECTORY,
     ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
     | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
     ("mdm", "scenes-tiny", "image+text_head"): _MDM,
@@ -214,7 +216,9 @@ _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 # Iterations that fit into seconds.
-_TINY = {"covmatch": 120} | dict.fromkeys((*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm"), 40)
+_TINY = {"covmatch": 120} | dict.fromkeys(
+    (*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm", "cov-trajectory"), 40
+)
 
 _BASE: dict[str, dict[str, Any]] = {
     "tiny": {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from mmdd.distill.cov_trajectory import CovTrajectory, CovTrajectoryConfig
 from mmdd.distill.covmatch import CovMatch, CovMatchConfig
 from mmdd.distill.decoupled import Decoupled, DecoupledConfig
 from mmdd.distill.loop import Context, Distiller, Progress, distill
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
     "amd": Method(DecoupledConfig, Decoupled),
     "covmatch": Method(CovMatchConfig, CovMatch),
     "mdm": Method(MdmConfig, Mdm),
+    "cov-trajectory": Method(CovTrajectoryConfig, CovTrajectory),
 }
 
 __all__ = [
@@ -56,6 +58,8 @@ __all__ = [
     "Context",
     "CovMatch",
     "CovMatchConfig",
+    "CovTrajectory",
+    "CovTrajectoryConfig",
     "Decoupled",
     "DecoupledConfig",
     "Distiller",

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from mmdd.batches import RealBatches
+from mmdd.data.pairs import PairDataset
 from mmdd.distill import METHODS, Context, distill
 from mmdd.distill.decoupled import DecoupledConfig
 from mmdd.distill.repblend import RepBlend, RepBlendConfig
@@ -448,6 +450,7 @@ def test_matching_gets_closer(make: Make, method: str, protocol: Protocol) -> No
         ("lors", {"loss": "ence", "engine": "forward-over-reverse", **SMALL_STEPS}),
         ("repblend", {"blend_beta": 0.5}),
         ("amd", {"min_start_text": 1, **SMALL_STEPS}),
+        ("cov-trajectory", {"real_batch": 12, **SMALL_STEPS}),
     ],
 )
 def test_resume_in_the_middle(
@@ -462,8 +465,8 @@ def test_resume_in_the_middle(
     assert torch.equal(whole.images, part.images)
     assert torch.equal(whole.texts, part.texts)
     assert whole.learning_rates == part.learning_rates
-    if method != "mtt":
-        assert whole.similarity is not None
+    assert (whole.similarity is None) == (method in ("mtt", "cov-trajectory"))
+    if whole.similarity is not None:
         assert part.similarity is not None
         assert torch.equal(whole.similarity.matrix(), part.similarity.matrix())
     assert resumed.history == progress.history
@@ -530,6 +533,50 @@ def test_decoupled_branches_start_apart(make: Make) -> None:
     same.experts.manifests = same.experts.manifests[:1]
     for a, b in zip(lors._draw(0), same._draw(0), strict=True):
         assert torch.equal(torch.cat(a), torch.cat(b))
+
+
+@pytest.mark.parametrize("snapshot", ["start", "target"])
+def test_the_covariance_joins_the_trajectory(
+    make: Make, scenes: PairDataset, snapshot: str
+) -> None:
+    alone = in_double(make("cov-trajectory", cov_weight=0.0))
+    changes = {"rho": 1.5, "lambda_": 0.3, "real_batch": 12, "snapshot": snapshot}
+    joined = in_double(make("cov-trajectory", cov_weight=0.7, **changes))
+    protocol, device = joined.context.protocol, torch.device("cpu")
+    batches = RealBatches(scenes, "train", joined.model, protocol, device)
+    joined.context = replace(joined.context, real=batches)
+
+    real = batches.draw(12, np.random.default_rng([joined.seed, 5, 0]))
+    theta = endpoints(joined, 0)[snapshot == "target"]
+    mean, std = joined.model.image_encoder.mean, joined.model.image_encoder.std
+    images, texts = (
+        t.detach().clone().requires_grad_() for t in (joined.set.images, joined.set.texts)
+    )
+    pixels = images * std.view(3, 1, 1) + mean.view(3, 1, 1)
+    of_real = embed(joined, theta, real.images, real.texts, None, None)
+    of_set = embed(joined, theta, pixels, texts, None, None)
+
+    def covariance(a: Tensor, b: Tensor) -> Tensor:
+        rows = zip(a - a.mean(dim=0), b - b.mean(dim=0), strict=True)
+        return torch.stack([torch.outer(x, y) for x, y in rows]).sum(dim=0) / (len(a) - 1)
+
+    loss = (1.5 * covariance(*of_real) - covariance(*of_set)).square().sum()
+    for a, b in zip(of_real, of_set, strict=True):
+        loss = loss + 0.3 * (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    loss.backward()
+    base, found = gradients(alone), gradients(joined)
+    for name, own in (("images", images.grad), ("texts", texts.grad)):
+        assert own is not None
+        wanted = base[name] + 0.7 * base[name].norm() / own.norm() * own
+        assert torch.allclose(found[name], wanted, rtol=1e-8, atol=1e-12)
+    assert torch.equal(found["rates"], base["rates"])  # no loss but the trajectory's knows them
+
+
+def test_without_its_covariance_it_is_mtt(make: Make) -> None:
+    mtt, other = gradients(make("mtt")), gradients(make("cov-trajectory", cov_weight=0.0))
+    assert all(torch.equal(mtt[name], other[name]) for name in mtt)
+    rates_only = make("cov-trajectory", learn_images=False, learn_texts=False)
+    assert torch.equal(gradients(rates_only)["rates"], mtt["rates"])
 
 
 # -- refusals --------------------------------------------------------------------------------------

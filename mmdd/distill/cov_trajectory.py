@@ -1,0 +1,70 @@
+"""Trajectories and cross-covariances together: CovMatch's loss at the snapshots of the experts."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmdd import losses
+from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
+
+_REAL = 5  # stream of random numbers
+
+
+class CovTrajectoryConfig(TrajectoryConfig):
+    """Settings of both together, beside those of MTT-VL.
+
+    cov_weight: length of the covariance gradient, as a multiple of the trajectory gradient's; the
+    two losses have no common scale, their directions can be added. It holds for images and texts
+    each; 0 is MTT-VL. rho, lambda_: CovMatch's scale of the real covariance and weight of the
+    means. real_batch: real pairs in an iteration, all of the set's against them. snapshot: of the
+    expert that the student starts from or should arrive at, whose features are compared.
+
+    Book: notebooks/16_beyond.
+    """
+
+    cov_weight: float = Field(default=1.0, ge=0)
+    rho: float = Field(default=2.0, ge=0)
+    lambda_: float = Field(default=0.1, ge=0)
+    real_batch: int = Field(default=256, ge=2)
+    snapshot: Literal["start", "target"] = "target"
+
+
+class CovTrajectory(TrajectoryMatching):
+    """MTT-VL whose gradient on the set is joined by that of the covariance matching loss.
+
+    The features come from the expert of the iteration, so no model is trained beside the experts:
+    the snapshots are to CovMatch's loss what its online model is. Features are L2-normalised.
+
+    Source: the losses are those of MTT-VL (TMLR 2024) and CovMatch (NeurIPS 2025); joining them is
+    this project's. Book: notebooks/16_beyond.
+    """
+
+    name = "cov-trajectory"
+
+    config: CovTrajectoryConfig
+
+    def backward(self, iteration: int) -> dict[str, float]:
+        terms = super().backward(iteration)
+        sides = [p for p in (self.set.images, self.set.texts) if p.requires_grad]
+        if self.config.cov_weight == 0 or not sides:
+            return terms
+        loss = self._covariance_loss(iteration)
+        for side, gradient in zip(sides, torch.autograd.grad(loss, sides), strict=True):
+            assert side.grad is not None
+            length = gradient.norm()
+            if length > 0:
+                side.grad += self.config.cov_weight * side.grad.norm() / length * gradient
+        return terms | {"covariance": loss.item()}
+
+    def _covariance_loss(self, iteration: int) -> Tensor:
+        config = self.config
+        start, target = self._draw(iteration)
+        parameters = self.layout.named(start if config.snapshot == "start" else target)
+        real = self.context.real.draw(config.real_batch, self.rng(_REAL, iteration))
+        with torch.no_grad():
+            of_real = self._embed(parameters, real.images, real.texts, real.mask)
+        of_set = self._embed(parameters, self.set.pixels(), *self.set.text())
+        covariance, means = losses.covmatch_terms(*of_real, *of_set, config.rho)
+        return covariance + config.lambda_ * means
