@@ -46,35 +46,42 @@ def source_hash(*plugins: str, entries: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(f"{entry}\n".encode())
-    for relative, tree in sorted(_imported([_ROOT, *plugins]).items()):
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                and node.body
-                and isinstance(node.body[0], ast.Expr)
-                and isinstance(node.body[0].value, ast.Constant)
-                and isinstance(node.body[0].value.value, str)
-            ):
-                node.body[0].value.value = ""
-        digest.update(f"{relative}\n{_plain(tree)!r}\n".encode())
+    for relative, code in sorted(_imported([_ROOT, *plugins]).items()):
+        digest.update(f"{relative}\n{code}\n".encode())
     return digest.hexdigest()[:12]
 
 
-def _imported(modules: list[str]) -> dict[str, ast.Module]:
-    """Files of the package, by path within it, that importing `modules` leads to."""
-    found: dict[str, ast.Module] = {}
+def _imported(modules: list[str]) -> dict[str, str]:
+    """Code of the package's files, by path within it, that importing `modules` leads to."""
+    found: dict[str, str] = {}
     queue = list(modules)
     while queue:
         path = _file(queue.pop())
         relative = path.relative_to(_PACKAGE).as_posix() if path else ""
         if path is None or relative in found or relative in _WITHOUT_EFFECT:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if relative in _REGISTRIES:
-            tree.body = [n for n in tree.body if not _registers(n, _REGISTRIES[relative])]
-        found[relative] = tree
-        queue += _names(tree)
+        found[relative], names = _read(relative, path.read_text(encoding="utf-8"))
+        queue += names
     return found
+
+
+@cache  # a store holds runs of many kinds, which share most files
+def _read(relative: str, text: str) -> tuple[str, list[str]]:
+    """What counts of a file, as text, and the modules of the package that it imports."""
+    tree = ast.parse(text)
+    if relative in _REGISTRIES:
+        tree.body = [n for n in tree.body if not _registers(n, _REGISTRIES[relative])]
+    names = _names(tree)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+            and isinstance(node.body[0].value, ast.Constant)
+            and isinstance(node.body[0].value.value, str)
+        ):
+            node.body[0].value.value = ""
+    return repr(_plain(tree)), names
 
 
 def _registers(node: ast.stmt, registry: str) -> bool:
