@@ -178,3 +178,19 @@ def test_the_cross_architecture_tables_agree_with_what_is_printed_beside_them():
     for row in own.to_dict("records"):
         found = published(row["dataset"], row["pairs"], row["method"], source="MDM")
         assert found["mean"].tolist() == [row["mean"]]
+
+
+def test_the_newer_peers_are_means_or_recalls_in_order():
+    table = pd.read_csv(data_file("published/peers.csv"))
+    assert len(table) == 8
+    assert not table.duplicated(["source", "dataset", "pairs", "method"]).any()
+    assert set(table["protocol"]) == {"image+text_head", "heads"}
+    assert (table["mean"].notna() | table["IR@1"].notna()).all()
+    assert table["mean"].dropna().between(0, 100).all()
+    recalls = table.dropna(subset=["IR@1"])
+    assert (recalls["IR@1"] < recalls["IR@5"]).all()
+    assert (recalls["IR@5"] < recalls["IR@10"]).all()
+    # RepBlend's own figures grow with the budget
+    repblend = table[table["method"].eq("repblend")].set_index(["dataset", "pairs"])["mean"]
+    for dataset in ("flickr30k", "coco"):
+        assert repblend[dataset].is_monotonic_increasing
