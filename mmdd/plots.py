@@ -135,21 +135,33 @@ def recall_bars(
     return axes
 
 
-def heat_map(table: pd.DataFrame, title: str, axes: Axes | None = None, decimals: int = 0) -> Axes:
+def heat_map(
+    table: pd.DataFrame,
+    title: str,
+    axes: Axes | None = None,
+    decimals: int = 0,
+    labels: pd.DataFrame | None = None,
+    low: float | None = 0.0,
+) -> Axes:
     """A table of numbers as coloured cells with the numbers in them, larger is darker.
 
-    table: (rows, columns) of floats; NaN stays an empty cell. Lightness grows in one direction, so
-    that the colours keep their order in grey and for every kind of colour blindness.
+    table: (rows, columns) of floats; NaN stays an empty cell. labels: other texts for the cells, of
+    the same shape. low: the number of the lightest colour; None takes the smallest of the table,
+    which shows a relief and hides how high it stands. Lightness grows in one direction, so that the
+    colours keep their order in grey and for every kind of colour blindness.
     Book: notebooks/13_cross_architecture.
     """
+    known = table.notna().any(axis=None)
+    if low is None:
+        low = table.min(axis=None) if known else 0.0
     axes = axes or plt.subplots(figsize=(1.0 * len(table.columns) + 2, 0.42 * len(table) + 0.8))[1]
     sns.heatmap(
-        table,
-        annot=True,
-        fmt=f".{decimals}f",
+        table.astype(float),
+        annot=True if labels is None else labels,
+        fmt=f".{decimals}f" if labels is None else "",
         cmap=sns.color_palette("blend:#f4f8fb,#0b3c5d", as_cmap=True),
-        vmin=0,
-        vmax=table.max(axis=None) if table.notna().any(axis=None) else 1,
+        vmin=low,
+        vmax=table.max(axis=None) if known else 1,
         cbar=False,
         linewidths=1,
         annot_kws={"size": "medium"},

@@ -139,3 +139,14 @@ def test_heat_map() -> None:
     assert lightness[0] > lightness[1] > lightness[2]
     empty = heat_map(table * float("nan"), "nothing yet")
     assert [text.get_text() for text in empty.texts] == []
+
+
+def test_heat_map_can_say_more_than_the_number_and_show_a_relief() -> None:
+    table = pd.DataFrame([[30.0, 34.0], [np.nan, 32.0]])
+    labels = table.map("{:.0f}\nstd".format)
+    axes = heat_map(table, "a plane", labels=labels, low=None)
+    assert [text.get_text() for text in axes.texts] == ["30\nstd", "34\nstd", "32\nstd"]
+    assert axes.collections[0].get_clim() == (30, 34)
+    plt.close("all")
+    assert heat_map(table, "from nothing").collections[0].get_clim() == (0, 34)
+    assert len(heat_map(table * np.nan, "empty", low=None).texts) == 0

@@ -5,6 +5,7 @@ import pytest
 
 from mmdd.errors import ConfigError
 from mmdd.paths import data_file
+from mmdd.presets import preset
 from mmdd.published import RECALLS, published
 
 # (first word of source, dataset, pairs, method) whose printed mean contradicts the printed recalls
@@ -133,6 +134,32 @@ def test_the_ablations_of_lors_agree_with_its_main_table():
     for number, method in ((6, "lors"), (13, "tesla-wbce")):  # without a similarity it is TESLA
         (main,) = published("flickr30k", 200, method, source="LoRS").to_dict("records")
         assert [main[name] for name in RECALLS] == recalls.loc[number].tolist()
+
+
+def test_the_choices_of_covmatch_are_those_of_the_preset_paper():
+    table = pd.read_csv(data_file("published/covmatch_ablations.csv"), dtype=str)
+    assert not table.duplicated(["axis", "dataset"]).any()
+    keys = {
+        "rho": "rho",
+        "lambda": "lambda_",
+        "update": "update",
+        "real batch": "real_batch",
+        "frozen encoder": "freeze",
+        "reset period": "reset_every",
+        "temperature": "temperature",
+    }
+    compared = 0
+    for row in table[table["axis"].isin(keys)].to_dict("records"):
+        datasets = ("flickr30k", "coco") if pd.isna(row["dataset"]) else (row["dataset"],)
+        for dataset in datasets:
+            for pairs in (100, 200, 500):
+                wishes = {"dataset": {"name": dataset, "reader": "karpathy"}, "pairs": pairs}
+                settings = preset("paper", method="covmatch", **wishes).settings.model_dump()
+                chosen = row[f"chosen_{pairs}"]
+                value = settings[keys[row["axis"]]]
+                assert chosen == value or float(chosen) == value, (row["axis"], dataset, pairs)
+                compared += 1
+    assert compared == 6 * len(keys)
 
 
 def test_the_ablations_of_mdm_agree_with_themselves_and_the_main_table():

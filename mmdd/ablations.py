@@ -1,0 +1,106 @@
+"""Ablations from records: what a run changed, which runs a grid still lacks, and plain verdicts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmdd.grid import load_sweep
+from mmdd.presets import preset
+
+
+def with_changes(results: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with two more columns: `init`, and `changes`, what the run does its own way.
+
+    results: rows of `load_results`. `changes` is a dict by dotted key, such as `settings.rho`, of
+    every value that is not the one of the preset "small" for the run's method, protocol, number of
+    pairs and start. Seed and start are columns of their own and no changes; `init` is None where
+    nothing is distilled. A run is known by these, and not by the sweep that it is filed under: two
+    grids that want the same configuration share one record.
+
+    Book: notebooks/10_ablate_rho_lambda.
+    """
+    usual: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for run_id, config in zip(results["run_id"], results["config"], strict=True):
+        if run_id in found:
+            continue
+        kind = (config["method"], config["protocol"], config.get("pairs"), config.get("init"))
+        if kind not in usual:
+            named = zip(("method", "protocol", "pairs", "init"), kind, strict=True)
+            wishes = {key: value for key, value in named if value is not None}
+            usual[kind] = _flat(preset("small", **wishes).identity())
+        own, base = _flat(config), usual[kind]
+        # A key that the record lacks was no choice yet when it was made.
+        found[run_id] = {k: v for k, v in own.items() if k != "seed" and (k, v) not in base.items()}
+    return results.assign(
+        init=[config.get("init") for config in results["config"]],
+        changes=[found[run_id] for run_id in results["run_id"]],
+    )
+
+
+def only(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """The rows of `with_changes` that changed nothing beside these keys, or nothing at all.
+
+    Book: notebooks/10_ablate_rho_lambda.
+    """
+    return rows[[set(changes) <= set(keys) for changes in rows["changes"]]]
+
+
+def setting(rows: pd.DataFrame, key: str) -> pd.Series:
+    """The value of a dotted key in each row's configuration; None where it has no such key.
+
+    Book: notebooks/10_ablate_rho_lambda.
+    """
+
+    def value(config: dict[str, Any]) -> Any:
+        found: Any = config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    values = [value(config) for config in rows["config"]]
+    return pd.Series(values, index=rows.index, dtype=object if not values else None, name=key)
+
+
+def coverage(results: pd.DataFrame, *grids: str | Path) -> str:
+    """How much of some sweep files is in the records, in words: "12 of 36 runs".
+
+    Raises `ConfigError` for what is no sweep file. Book: notebooks/10_ablate_rho_lambda.
+    """
+    wanted = {point.run_id for grid in grids for point in load_sweep(grid)}
+    return f"{len(wanted & set(results['run_id']))} of {len(wanted)} runs"
+
+
+def verdict(better: pd.Series, other: pd.Series) -> dict[str, Any]:
+    """Whether the first recalls are above the second, as a paper claims, or not, or not decided.
+
+    better, other: recalls of the students of each (percent). Keys: difference of the means, "2 std"
+    (twice the standard deviation over students, pooled: the root of the mean variance), and
+    verdict: "reproduced" or "the other way round" where the difference is more than that,
+    "inconclusive" where it is not, or where a side has fewer than two students to tell a spread
+    from; "not yet run" where a side has none, and the numbers are NaN then.
+
+    The spread is that of students: it says nothing about how another distillation seed would fall.
+    Book: notebooks/10_ablate_rho_lambda.
+    """
+    if better.empty or other.empty:
+        return {"difference": np.nan, "2 std": np.nan, "verdict": "not yet run"}
+    difference = float(better.mean() - other.mean())
+    noise = 2 * float(np.sqrt((better.var(ddof=1) + other.var(ddof=1)) / 2))
+    told = "inconclusive"
+    if abs(difference) > noise:  # false for a spread that is NaN
+        told = "reproduced" if difference > 0 else "the other way round"
+    return {"difference": difference, "2 std": noise, "verdict": told}
+
+
+def _flat(nested: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted keys of nested dicts; None and empty dicts stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = value
+    return flat

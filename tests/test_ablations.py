@@ -1,0 +1,130 @@
+"""What a run changed, the rows of an ablation, and when a claim counts as decided."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdd.ablations import coverage, only, setting, verdict, with_changes
+from mmdd.errors import ConfigError
+from mmdd.grid import load_sweep
+from mmdd.presets import preset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows_of(**wishes: Any) -> pd.DataFrame:
+    """Two students of one run, as `load_results` would give them."""
+    run = preset("small", **wishes)
+    row = {"run_id": run.run_id, "config": run.identity(), "method": run.method}
+    return pd.DataFrame([row | {"mean": value} for value in (30.0, 32.0)])
+
+
+def test_a_run_is_known_by_what_it_changed() -> None:
+    told = {
+        "plain": {"method": "covmatch"},
+        "another seed": {"method": "covmatch", "seed": 2},
+        "tuned value written out": {"method": "covmatch", "settings": {"lambda_": 0.1}},
+        "one setting": {"method": "covmatch", "settings": {"rho": 4.0}},
+        "two": {"method": "covmatch", "settings": {"rho": 4.0}, "model": {"dim": 64}},
+        "the students": {"method": "covmatch", "evaluation": {"lr_text": 0.0}},
+        "a selection": {"method": "herding"},
+        "full": {"method": "full", "evaluation": {"epochs": 20}},
+        "a start": {"method": "mdm", "protocol": "image+text_head", "init": "herding"},
+    }
+    found = {
+        name: with_changes(rows_of(**wishes)).iloc[0][["init", "changes"]].tolist()
+        for name, wishes in told.items()
+    }
+    assert found == {
+        "plain": ["random", {}],
+        "another seed": ["random", {}],
+        "tuned value written out": ["random", {}],
+        "one setting": ["random", {"settings.rho": 4.0}],
+        "two": ["random", {"settings.rho": 4.0, "model.dim": 64}],
+        "the students": ["random", {"evaluation.lr_text": 0.0}],
+        "a selection": [None, {}],
+        "full": [None, {"evaluation.epochs": 20}],
+        "a start": ["herding", {}],  # MDM's own start, k-means, is what a preset would take
+    }
+
+
+def test_every_run_of_the_ablation_grids_changes_only_what_its_grid_varies() -> None:
+    """Or a chapter would miss it: the rows are found by their changes."""
+    known = {
+        "rho_lambda": {"settings.rho", "settings.lambda_"},
+        "rank": {"settings.rank", "settings.similarity", "settings.alpha"},
+        "init": set(),
+    }
+    for name, keys in known.items():
+        for point in load_sweep(ROOT / "sweeps" / f"{name}.yaml"):
+            row = {"run_id": point.run_id, "config": point.identity()}
+            (changes,) = with_changes(pd.DataFrame([row]))["changes"]
+            assert set(changes) <= keys, (name, changes)
+
+
+def test_only_leaves_what_changed_nothing_else() -> None:
+    rows = with_changes(
+        pd.concat(
+            [
+                rows_of(method="covmatch"),
+                rows_of(method="covmatch", settings={"rho": 4.0}),
+                rows_of(method="covmatch", settings={"rho": 4.0, "lambda_": 0.5}),
+            ],
+            ignore_index=True,
+        )
+    )
+    assert setting(only(rows, "settings.rho"), "settings.rho").tolist() == [1.5, 1.5, 4.0, 4.0]
+    assert len(only(rows)) == 2
+    assert len(only(rows, "settings.rho", "settings.lambda_")) == 6
+    assert only(rows.iloc[2:], "model.dim").empty
+
+
+def test_setting_is_none_where_there_is_no_such_key() -> None:
+    rows = rows_of(method="random")
+    assert setting(rows, "settings.rho").tolist() == [None, None]
+    assert setting(rows, "evaluation.epochs").tolist() == [100, 100]
+    assert setting(rows.iloc[:0], "settings.rho").empty
+
+
+def test_coverage_counts_runs_by_their_configuration(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "sweep: any\nbase: {method: covmatch}\ngrid:\n  - settings.rho: [1.5, 3.0, 4.0]\n"
+    )
+    rows = pd.concat([rows_of(method="covmatch"), rows_of(method="mdm", protocol="heads")])
+    assert coverage(rows, grid) == "1 of 3 runs"
+    assert coverage(rows, grid, grid) == "1 of 3 runs"  # what two files want is one run
+    grid.write_text("sweep: any\ngrid: []\n")
+    with pytest.raises(ConfigError):
+        coverage(rows, grid)
+
+
+def series(*values: float) -> pd.Series:
+    return pd.Series(values, dtype=float)
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "told"),
+    [
+        (series(20, 21, 22), series(10, 11, 12), "reproduced"),
+        (series(10, 11, 12), series(20, 21, 22), "the other way round"),
+        (series(10, 11, 12), series(11, 12, 13), "inconclusive"),
+        (series(12.1, 13.1, 14.1), series(10, 11, 12), "reproduced"),  # std 1: just above 2
+        (series(11.9, 12.9, 13.9), series(10, 11, 12), "inconclusive"),  # just below
+        (series(50), series(10, 11, 12), "inconclusive"),  # no spread of the first
+        (series(), series(10, 11, 12), "not yet run"),
+        (series(10, 11, 12), series(), "not yet run"),
+    ],
+)
+def test_a_verdict_needs_twice_the_spread(better: pd.Series, other: pd.Series, told: str) -> None:
+    assert verdict(better, other)["verdict"] == told
+
+
+def test_the_numbers_of_a_verdict() -> None:
+    found = verdict(series(20, 22, 24), series(11, 12, 13))
+    assert found["difference"] == pytest.approx(10)
+    assert found["2 std"] == pytest.approx(2 * np.sqrt((4 + 1) / 2))
+    assert np.isnan(verdict(series(), series(1))["difference"])
