@@ -36,7 +36,9 @@ def with_changes(results: pd.DataFrame) -> pd.DataFrame:
         found[run_id] = {k: v for k, v in own.items() if k != "seed" and (k, v) not in base.items()}
     return results.assign(
         init=[config.get("init") for config in results["config"]],
-        changes=[found[run_id] for run_id in results["run_id"]],
+        changes=pd.Series(
+            [found[run_id] for run_id in results["run_id"]], index=results.index, dtype=object
+        ),
     )
 
 
@@ -45,7 +47,8 @@ def only(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
 
     Book: notebooks/10_ablate_rho_lambda.
     """
-    return rows[[set(changes) <= set(keys) for changes in rows["changes"]]]
+    kept = [set(changes) <= set(keys) for changes in rows["changes"]]
+    return rows[np.array(kept, dtype=bool)]  # an empty list would be read as names of columns
 
 
 def setting(rows: pd.DataFrame, key: str) -> pd.Series:

@@ -151,9 +151,9 @@ def heat_map(
     colours keep their order in grey and for every kind of colour blindness.
     Book: notebooks/13_cross_architecture.
     """
-    known = table.notna().any(axis=None)
+    known = bool(table.notna().any(axis=None))
     if low is None:
-        low = table.min(axis=None) if known else 0.0
+        low = float(np.nanmin(table.to_numpy(dtype=float))) if known else 0.0
     axes = axes or plt.subplots(figsize=(1.0 * len(table.columns) + 2, 0.42 * len(table) + 0.8))[1]
     sns.heatmap(
         table.astype(float),

@@ -80,6 +80,9 @@ def test_only_leaves_what_changed_nothing_else() -> None:
     assert len(only(rows)) == 2
     assert len(only(rows, "settings.rho", "settings.lambda_")) == 6
     assert only(rows.iloc[2:], "model.dim").empty
+    nothing = only(with_changes(rows.iloc[:0]), "model.dim")
+    assert nothing.empty
+    assert set(nothing.columns) == set(rows.columns)  # and a chapter can go on with it
 
 
 def test_setting_is_none_where_there_is_no_such_key() -> None:
