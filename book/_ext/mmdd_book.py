@@ -3,7 +3,8 @@
 1. The role ``fn`` links a name such as ``mmdd.losses.info_nce`` to the line that defines it, and
    turns a name that no longer exists into a warning, which the build treats as an error.
 2. The execution cache of jupyter-book looks at a notebook's code cells only. Here it is also keyed
-   on `mmdd/`, the grids, the shipped data and the committed results, so a chapter never shows old outputs.
+   on `mmdd/`, the grids, the shipped data and the committed results, so a chapter never shows old
+   outputs.
 3. Progress bars that were displayed as widgets are dropped from the pages.
 4. Inline scripts that the extensions of jupyter-book register twice are kept once: a second
    `const` of the same name is an error in the browser.
@@ -26,7 +27,10 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
-KEYED = ("mmdd/**/*.py", "sweeps/*.yaml", "data/**/*.safetensors", "data/**/*.csv", "data/**/*.json")
+KEYED = (
+    *("mmdd/**/*.py", "sweeps/*.yaml"),
+    *("data/**/*.safetensors", "data/**/*.csv", "data/**/*.json"),
+)
 KEYED_RESULTS = ("results/*.jsonl", "results/shown/*")
 NOT_KEYED = ("data/cache/", "data/downloads/")
 WIDGET = "application/vnd.jupyter.widget-view+json"
