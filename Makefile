@@ -53,7 +53,7 @@ sweep: $(STAMP)  ## run the grids in sweeps/ (SWEEP=sweeps/one.yaml, DATA=photos
 	$(BIN)/python -m mmdd sweep $(or $(SWEEP),$(GRIDS)) --jobs $(or $(JOBS),1) $(if $(DATA),--data $(DATA))
 
 bench: $(STAMP)  ## measure speed and memory (BENCH=benchmarks/one.py for one)
-	set -- $(or $(BENCH),$(wildcard benchmarks/*.py)); \
+	set -- $(or $(BENCH),$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); \
 	if [ $$# = 0 ]; then echo "there is no script in benchmarks/"; fi; \
 	for script in "$$@"; do echo "== $$script"; $(BIN)/python "$$script"; done
 

@@ -13,10 +13,12 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from _measure import Timer, add, peak_resident_bytes, run_child
+
 RECORD = Path(__file__).with_suffix(".json")
+KEY = ("device", "precision", "pairs", "real_batch")  # one entry each
 
 
 def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: int) -> dict:
@@ -70,14 +72,14 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
     )
 
     def iterate(iteration: int) -> float:
-        begin = time.perf_counter()
-        method.optimizer.zero_grad(set_to_none=True)
-        method.backward(iteration)  # reads the loss, so it waits for the device
-        method.optimizer.step()
-        method.after_step(iteration)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        with Timer() as timer:
+            method.optimizer.zero_grad(set_to_none=True)
+            method.backward(iteration)  # reads the loss, so it waits for the device
+            method.optimizer.step()
+            method.after_step(iteration)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return timer.seconds
 
     iterate(0)
     if device.type == "cuda":
@@ -86,10 +88,7 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
     if device.type == "cuda":
         peak = int(torch.cuda.max_memory_allocated())
     else:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        kernel = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
-        peak = kernel[0] if kernel else psutil.Process().memory_info().rss
+        peak = peak_resident_bytes() or psutil.Process().memory_info().rss
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "device": name,
@@ -105,22 +104,13 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
     }
 
 
-def add(entry: dict) -> None:
-    """Put an entry into the record in place of an older one of the same setting."""
-    entries = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    key = ("device", "precision", "pairs", "real_batch")
-    kept = [old for old in entries if [old[k] for k in key] != [entry[k] for k in key]]
-    kept.append(entry)
-    kept.sort(key=lambda e: [str(e[k]).zfill(6) for k in key])
-    RECORD.write_text(json.dumps(kept, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=[16])
     parser.add_argument("--real-batch", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--one", choices=["fp32", "bf16"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -138,15 +128,15 @@ def main() -> None:
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     for pairs in arguments.pairs:
         for precision in ("fp32", "bf16") if gpu else ("fp32",):
-            command = [sys.executable, __file__, "--one", precision, "--pairs", str(pairs)]
-            command += ["--real-batch", str(arguments.real_batch), "--device", arguments.device]
+            command = ["--one", precision, "--pairs", str(pairs), "--device", arguments.device]
+            command += ["--real-batch", str(arguments.real_batch)]
             command += ["--repeats", str(arguments.repeats)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"N={pairs} {precision}: failed\n{done.stderr[-800:]}", file=sys.stderr)
+            try:
+                entry = run_child(__file__, *command)
+            except subprocess.CalledProcessError as error:
+                print(f"N={pairs} {precision}: failed ({error})", file=sys.stderr)
                 continue
-            entry = json.loads(done.stdout.splitlines()[-1])
-            add(entry)
+            add(entry, arguments.record, KEY)
             print(entry)
 
 

@@ -18,23 +18,27 @@ kernel's count.
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _measure import (
+    Timer,
+    Worker,
+    add,
+    add_ratios,
+    load,
+    machine,
+    report,
+    require_peaks,
+    serve,
+)
+
 RECORD = Path(__file__).with_suffix(".json")
-MEBIBYTE = 2**20
 PAIRS = 100
 MODES = ("lors", "covmatch", "mdm", "mdm, nothing kept")
 SETTINGS = {"scenes-tiny": 32, "test_nfnet": 64}  # pixels a side
@@ -106,119 +110,56 @@ def _width(setting: str) -> int:
     return build_image_encoder(spec).dim
 
 
-def _kernel(field: str) -> int:
-    """A number of /proc/self/status in bytes: VmRSS is what is resident, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _settle() -> None:
-    """Give back what was freed, and let the kernel count the peak from here on."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def serve(setting: str, mode: str, threads: int, folder: Path) -> None:
-    """What a process does: one iteration per line of its input; a line of JSON back for each."""
+def answer(setting: str, mode: str, threads: int, folder: Path) -> None:
+    """What a process does: says when it is ready, then iterations when asked to."""
     import torch
 
     torch.set_num_threads(threads)
     method = build(setting, mode, folder)
-    spent = {"seconds": 0.0, "cpu": 0.0}
+    drawing = Timer()
     if mode.startswith("mdm"):
         draw = method.draw_model
 
         def timed(iteration: int) -> Any:
-            begin, worked = time.perf_counter(), time.process_time()
-            found = draw(iteration)
-            spent["seconds"] = time.perf_counter() - begin
-            spent["cpu"] = time.process_time() - worked
-            return found
+            with drawing:
+                return draw(iteration)
 
         method.draw_model = timed
         if "nothing" not in mode:  # what later iterations find in memory
             for expert in range(4):
                 for number in range(method.snapshots.buffer.snapshots + 1):
                     method.snapshots.read(expert, number)
-    print("ready", flush=True)
-    base = 0
-    for line in sys.stdin:
-        iteration = int(line)
+
+    def iterate(iteration: int) -> dict[str, Any]:
         method.optimizer.zero_grad(set_to_none=True)
-        begin, worked = time.perf_counter(), time.process_time()
-        method.backward(iteration)
-        method.optimizer.step()
-        method.after_step(iteration)
-        answer: dict[str, Any] = {
-            "seconds": time.perf_counter() - begin,
-            "cpu_seconds": time.process_time() - worked,
-            "model_cpu_seconds": spent["cpu"],
-        }
+        with Timer() as timer:
+            method.backward(iteration)
+            method.optimizer.step()
+            method.after_step(iteration)
         if iteration == 0:
             method.optimizer.zero_grad(set_to_none=True)
-            _settle()
-            base = _kernel("VmRSS")
-        else:
-            answer |= {"base_bytes": base, "peak_bytes": _kernel("VmHWM")}
-        print(json.dumps(answer), flush=True)
+        return {
+            "seconds": timer.seconds,
+            "cpu_seconds": timer.cpu_seconds,
+            "model_cpu_seconds": drawing.cpu_seconds,
+        }
+
+    print("ready", flush=True)
+    serve(iterate)
 
 
 # -- the process that asks -------------------------------------------------------------------------
-
-
-class Worker:
-    """A process with one method in it."""
-
-    def __init__(self, setting: str, mode: str, threads: int, folder: Path) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-        }
-        self.mode = mode
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                "--serve",
-                json.dumps([setting, mode, threads, str(folder)]),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._line()  # experts are trained by one process after the other
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.mode}: the process ended with {self.process.wait()}")
-        return line
-
-    def iterate(self, iteration: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{iteration}\n")
-        self.process.stdin.flush()
-        return json.loads(self._line())
 
 
 def compare(setting: str, repeats: int, threads: int) -> dict[str, dict[str, Any]]:
     """Every method's times and memory, the methods taking turns."""
     answers: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory(prefix="mdm-") as name, ExitStack() as stack:
-        workers = [
-            stack.enter_context(Worker(setting, mode, threads, Path(name))) for mode in MODES
+        workers = [  # each is waited for: experts are trained by one process after the other
+            stack.enter_context(
+                Worker(__file__, mode, [setting, mode, threads, name], threads, greets=True)
+            )
+            for mode in MODES
         ]
         for worker in workers:
             worker.iterate(0)
@@ -237,40 +178,19 @@ def compare(setting: str, repeats: int, threads: int) -> dict[str, dict[str, Any
         if mode.startswith("mdm"):
             share = statistics.median(a["model_cpu_seconds"] / a["cpu_seconds"] for a in given)
             found[mode]["share_of_the_model"] = round(share, 4)
-    for entry in found.values():
-        for name in [name for name in entry if name.startswith(("median", "peak"))]:
-            entry[f"{name}_ratio"] = round(entry[name] / found["lors"][name], 3)
+    add_ratios(found, "lors")
     return found
 
 
-def report(modes: dict[str, dict[str, Any]]) -> str:
-    """An entry as a table: every figure with its ratio to LoRS."""
-    columns = {
-        "seconds": ("median_seconds", 1.0),
-        "CPU seconds": ("median_cpu_seconds", 1.0),
-        "MiB above base": ("peak_bytes_above_base", MEBIBYTE),
-        "MiB in all": ("peak_rss_bytes", MEBIBYTE),
-    }
-    titles = "".join(f"{title:>20}" for title in columns)
-    lines = ["".ljust(20) + titles + "   share of the model"]
-    for mode, found in modes.items():
-        cells = [
-            f"{found[name] / unit:13.{3 if unit == 1 else 0}f}{found[f'{name}_ratio']:7.2f}"
-            for name, unit in columns.values()
-        ]
-        share = found.get("share_of_the_model")
-        lines.append(mode.ljust(20) + "".join(cells) + (f"{share:15.1%}" if share else ""))
-    return "\n".join(lines)
-
-
-def add(entry: dict[str, Any], record: Path) -> None:
-    """Put an entry into the record in place of an older one of the same setting and threads."""
-    entries = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
-    entries = [e for e in entries if any(e[k] != entry[k] for k in ("name", "threads"))]
-    entries = sorted([*entries, entry], key=lambda e: (e["name"], e["threads"]))
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, record)
+def lines(modes: dict[str, dict[str, Any]]) -> list[str]:
+    """An entry as a table: every number with its ratio to LoRS, and MDM's share of the model."""
+    title, *rows = report(modes, digits=3)
+    shares = [found.get("share_of_the_model") for found in modes.values()]
+    ends = ["" if share is None else f"{share:15.1%}" for share in shares]
+    return [
+        title + "   share of the model",
+        *(row + end for row, end in zip(rows, ends, strict=True)),
+    ]
 
 
 def main() -> None:
@@ -283,32 +203,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         setting, mode, threads, folder = json.loads(arguments.serve)
-        serve(setting, mode, threads, Path(folder))
+        answer(setting, mode, threads, Path(folder))
         return
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("this benchmark reads peak memory from /proc: it needs Linux")
-    import torch
-
+    require_peaks()
     for name in arguments.settings:
-        load = os.getloadavg()[0]
+        before = load()
         entry: dict[str, Any] = {
             "name": name,
             "threads": arguments.threads,
             "image_size": SETTINGS[name],
             "pairs": PAIRS,
             "modes": compare(name, arguments.repeats, arguments.threads),
-            "machine": {
-                "load_before_and_after": [round(load, 1), round(os.getloadavg()[0], 1)],
-                "cores": os.cpu_count(),
-                "system": platform.system(),
-                "architecture": platform.machine(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
+            "machine": {"load_before_and_after": [before, load()], **machine("torch")},
         }
         add(entry, arguments.record)
         print(name)
-        print(report(entry["modes"]))
+        print("\n".join(lines(entry["modes"])))
 
 
 if __name__ == "__main__":

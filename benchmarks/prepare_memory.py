@@ -10,24 +10,18 @@ prepare_memory.json.
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import PIL
 import psutil
+from _measure import COCO_TRAIN_IMAGES, Timer, machine, peak_resident_bytes, run_child, write
 from PIL import Image
 from tqdm.auto import tqdm
 
 RECORD = Path(__file__).with_suffix(".json")
-COCO_TRAIN_IMAGES = 113_287  # Karpathy's training split
 
 
 def generate(folder: Path, count: int) -> int:
@@ -44,18 +38,6 @@ def generate(folder: Path, count: int) -> int:
         Image.fromarray(picture).save(path, quality=85)
         total += path.stat().st_size
     return total
-
-
-def high_water_mark() -> int:
-    """The kernel's count of this process's peak resident bytes; 0 where it keeps none.
-
-    Not `ru_maxrss`: on Linux that starts at the peak of the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def prepare(root: Path, cache: Path, size: int, workers: int) -> None:
@@ -81,23 +63,21 @@ def prepare(root: Path, cache: Path, size: int, workers: int) -> None:
     before = process.memory_info().rss
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
-    prepared = prepare_images(names, root, size, cache, workers=workers)
-    seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    prepare_images(names, root, size, cache, workers=workers)
-    reopening = time.perf_counter() - started
+    with Timer() as decoding:
+        prepared = prepare_images(names, root, size, cache, workers=workers)
+    with Timer() as opening:
+        prepare_images(names, root, size, cache, workers=workers)
     stop.set()
     watcher.join()
     print(
         json.dumps(
             {
                 "workers": workers,
-                "seconds": round(seconds, 2),
-                "images_per_second": round(len(names) / seconds, 1),
-                "seconds_to_open_again": round(reopening, 3),
+                "seconds": round(decoding.seconds, 2),
+                "images_per_second": round(len(names) / decoding.seconds, 1),
+                "seconds_to_open_again": round(opening.seconds, 3),
                 "rss_bytes_before": before,
-                "peak_rss_bytes": max(peak, high_water_mark()),
+                "peak_rss_bytes": max(peak, peak_resident_bytes()),
                 "cache_bytes": prepared.images.nbytes,
                 "content": prepared.content,
             }
@@ -124,13 +104,8 @@ def main() -> None:
         source_bytes = generate(root, arguments.images)
         for workers in arguments.workers:
             cache = Path(folder) / "cache"
-            command = [sys.executable, __file__, "--child", str(root), str(cache)]
-            command += ["--size", str(arguments.size), "--workers", str(workers)]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-            done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            runs.append(json.loads(done.stdout))
+            command = ["--child", str(root), str(cache), "--size", str(arguments.size)]
+            runs.append(run_child(__file__, *command, "--workers", str(workers)))
             shutil.rmtree(cache)
     if len({run["content"] for run in runs}) != 1:
         raise SystemExit("the pixels depend on the number of workers: that is a bug")
@@ -142,20 +117,11 @@ def main() -> None:
         "coco_train_cache_bytes": COCO_TRAIN_IMAGES * arguments.size**2 * 3,
         "coco_train_minutes_at_this_rate": round(COCO_TRAIN_IMAGES / fastest / 60, 1),
         "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
+            **machine("numpy", "pillow"),
         },
     }
-    temporary = arguments.record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.record)
+    write(record, arguments.record)
     print(json.dumps(record, indent=1))
 
 

@@ -10,21 +10,23 @@ kernel's own count, reading the features included) to selection.json.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
-import sklearn
+from _measure import (
+    COCO_TRAIN_IMAGES,
+    Timer,
+    load,
+    machine,
+    peak_resident_bytes,
+    run_child,
+    write,
+)
 from tqdm.auto import tqdm
 
 RECORD = Path(__file__).with_suffix(".json")
-COCO_TRAIN_IMAGES = 113_287  # Karpathy's training split
 ALGORITHMS = ("herding", "k-center", "k-means", "clip-filter")
 
 
@@ -40,18 +42,6 @@ def generate(path: Path, rows: int, width: int) -> None:
         for half in np.split(part, 2, axis=1):
             half /= np.linalg.norm(half, axis=1, keepdims=True)
     features.flush()
-
-
-def high_water_mark() -> int:
-    """The kernel's count of this process's peak resident bytes; 0 where it keeps none.
-
-    Not `ru_maxrss`: on Linux that starts at the peak of the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def choose(algorithm: str, features: np.ndarray, pairs: int) -> np.ndarray:
@@ -72,20 +62,18 @@ def measure(algorithm: str, path: Path, pairs: int) -> None:
     """What the fresh process does; prints its own figures as JSON."""
     choose(algorithm, np.eye(8, dtype=np.float32), 2)  # imports and first calls are not measured
     features = np.load(path)
-    before = high_water_mark()
-    process = psutil.Process()
-    began, busy = time.perf_counter(), sum(process.cpu_times()[:2])
-    chosen = choose(algorithm, features, pairs)
-    seconds = time.perf_counter() - began
+    before = peak_resident_bytes()
+    with Timer() as timer:
+        chosen = choose(algorithm, features, pairs)
     if len(set(chosen.tolist())) != pairs:
         raise SystemExit(f"{algorithm} chose a row twice: that is a bug")
     print(
         json.dumps(
             {
                 "algorithm": algorithm,
-                "seconds": round(seconds, 2),
-                "cpu_seconds": round(sum(process.cpu_times()[:2]) - busy, 2),
-                "peak_rss_bytes": high_water_mark(),
+                "seconds": round(timer.seconds, 2),
+                "cpu_seconds": round(timer.cpu_seconds, 2),
+                "peak_rss_bytes": peak_resident_bytes(),
                 "rss_bytes_with_features": before,
             }
         )
@@ -109,41 +97,24 @@ def main() -> None:
         path = Path(folder) / "features.npy"
         generate(path, arguments.rows, arguments.width)
         for algorithm in tqdm(ALGORITHMS):
-            command = [sys.executable, __file__, "--child", algorithm, str(path)]
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-                "OMP_NUM_THREADS": str(arguments.threads),
-                "OPENBLAS_NUM_THREADS": str(arguments.threads),
-            }
-            done = subprocess.run(
-                [*command, "--pairs", str(arguments.pairs)],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
+            runs.append(
+                run_child(
+                    __file__,
+                    *("--child", algorithm, str(path), "--pairs", str(arguments.pairs)),
+                    threads=arguments.threads,
+                )
             )
-            runs.append(json.loads(done.stdout))
     record = {
         "what": f"{arguments.pairs} of {arguments.rows} rows of {arguments.width} float32 features",
         "threads": arguments.threads,
         "runs": runs,
         "machine": {
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
-            "load_when_done": round(os.getloadavg()[0], 1),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scikit_learn": sklearn.__version__,
+            "load_when_done": load(),
+            **machine("numpy", "scikit-learn"),
         },
     }
-    temporary = arguments.record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.record)
+    write(record, arguments.record)
     print(json.dumps(record, indent=1))
 
 

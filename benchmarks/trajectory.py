@@ -16,16 +16,10 @@ only: peaks are the kernel's count.
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +27,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from _measure import (
+    MEBIBYTE,
+    Timer,
+    Worker,
+    add,
+    add_ratios,
+    load,
+    machine,
+    report,
+    require_peaks,
+    serve,
+)
+
 RECORD = Path(__file__).with_suffix(".json")
-MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -264,24 +270,8 @@ def reference(method: Any, iteration: int) -> None:
     learned["rates"].grad = torch.autograd.grad(matching, learned["rates"])[0]
 
 
-def _kernel(field: str) -> int:
-    """A number of /proc/self/status in bytes: VmRSS is what is resident, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _settle() -> None:
-    """Give back what was freed, and let the kernel count the peak from here on."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def serve(setting: Setting, mode: str, threads: int, gradients: Path) -> None:
-    """What a process does: one iteration per line of its input; a line of JSON back for each.
-
-    The first one is for warming up: it has the gradients written, and memory counts from its end.
-    """
+def answer(setting: Setting, mode: str, threads: int, gradients: Path) -> None:
+    """What a process does: iterations when asked to; the first has the gradients written."""
     import torch
 
     torch.set_num_threads(threads)
@@ -289,69 +279,27 @@ def serve(setting: Setting, mode: str, threads: int, gradients: Path) -> None:
     run: Callable[[int], Any] = method.backward
     if mode == "reference":
         run = lambda iteration: reference(method, iteration)  # noqa: E731
-    base = 0
-    for line in sys.stdin:
-        iteration = int(line)
+
+    def iterate(iteration: int) -> dict[str, Any]:
         method.optimizer.zero_grad(set_to_none=True)
-        begin, worked = time.perf_counter(), time.process_time()
-        terms = run(iteration)
-        answer: dict[str, Any] = {
-            "seconds": time.perf_counter() - begin,
-            "cpu_seconds": time.process_time() - worked,
-        }
+        with Timer() as timer:
+            terms = run(iteration)
+        found: dict[str, Any] = {"seconds": timer.seconds, "cpu_seconds": timer.cpu_seconds}
         if iteration == 0:
-            found = {name: p.grad for name, p in method.learnables().items()}
-            torch.save(found, gradients)
-            answer |= {"relative_error": (terms or {}).get("relative_error")}
-            del found
+            torch.save({name: p.grad for name, p in method.learnables().items()}, gradients)
             method.optimizer.zero_grad(set_to_none=True)
-            _settle()
-            base = _kernel("VmRSS")
-        else:
-            answer |= {"base_bytes": base, "peak_bytes": _kernel("VmHWM")}
-        print(json.dumps(answer), flush=True)
+            found["relative_error"] = (terms or {}).get("relative_error")
+        return found
+
+    serve(iterate)
 
 
 # -- the process that asks -------------------------------------------------------------------------
 
 
-class Worker:
+def start(setting: Setting, mode: str, threads: int, gradients: Path) -> Worker:
     """A process with one engine in it."""
-
-    def __init__(self, setting: Setting, mode: str, threads: int, gradients: Path) -> None:
-        order = json.dumps([asdict(setting), mode, threads, str(gradients)])
-        count = str(threads)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-        }
-        self.mode, self.gradients = mode, gradients
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", order],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def iterate(self, iteration: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{iteration}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.mode}: the process ended with {self.process.wait()}")
-        return json.loads(line)
+    return Worker(__file__, mode, [asdict(setting), mode, threads, str(gradients)], threads)
 
 
 def relative_differences(found: Path, wanted: Path) -> dict[str, float]:
@@ -369,21 +317,22 @@ def compare(setting: Setting, modes: Sequence[str], repeats: int, threads: int) 
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trajectory-")))
-        workers = []
-        for number, mode in enumerate(modes):
-            worker = stack.enter_context(Worker(setting, mode, threads, folder / f"{number}.pt"))
+        workers: list[Worker] = []
+        gradients = {mode: folder / f"{number}.pt" for number, mode in enumerate(modes)}
+        for mode in modes:
+            worker = stack.enter_context(start(setting, mode, threads, gradients[mode]))
             workers.append(worker)
             error = worker.iterate(0)["relative_error"]
             found[mode] = {} if error is None else {"reported_relative_error": error}
-            other = next((w for w in workers if w.mode == AGREES_WITH.get(mode)), None)
-            if other is not None:
-                differences = relative_differences(worker.gradients, other.gradients)
+            other = AGREES_WITH.get(mode, "")
+            if other in found:
+                differences = relative_differences(gradients[mode], gradients[other])
                 worst = max(differences.values())
-                say(f"  {mode}: relative difference to {other.mode} at most {worst:.1e}")
+                say(f"  {mode}: relative difference to {other} at most {worst:.1e}")
                 close = all(value < TOLERANCE for value in differences.values())  # no nan either
                 if mode != "finite-difference" and not close:
-                    raise SystemExit(f"{mode} disagrees with {other.mode}: {differences}")
-                found[mode] |= {"differs_from": other.mode, "relative_difference": differences}
+                    raise SystemExit(f"{mode} disagrees with {other}: {differences}")
+                found[mode] |= {"differs_from": other, "relative_difference": differences}
         seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         work: dict[str, list[float]] = {mode: [] for mode in modes}
         for repeat in range(repeats):
@@ -399,19 +348,11 @@ def compare(setting: Setting, modes: Sequence[str], repeats: int, threads: int) 
                 f"  repeat {repeat + 1} of {repeats}: "
                 + ", ".join(f"{mode} {times[-1]:.2f} s" for mode, times in seconds.items())
             )
-    first = next(iter(found.values()))
     for mode, entry in found.items():
         entry["seconds"] = [round(s, 4) for s in seconds[mode]]
         entry["median_seconds"] = round(statistics.median(seconds[mode]), 4)
         entry["median_cpu_seconds"] = round(statistics.median(work[mode]), 4)
-    for entry in found.values():
-        for name in (
-            "median_seconds",
-            "median_cpu_seconds",
-            "peak_rss_bytes",
-            "peak_bytes_above_base",
-        ):
-            entry[f"{name}_ratio"] = round(entry[name] / first[name], 3)
+    add_ratios(found, modes[0])
     return found
 
 
@@ -425,7 +366,7 @@ def growth(setting: Setting, threads: int) -> dict[str, dict[str, int]]:
         for mode in GROWTH_MODES:
             for steps in GROWTH_STEPS:
                 longer = replace(setting, steps=steps, batch=GROWTH_BATCH)
-                with Worker(longer, mode, threads, Path(folder) / "0.pt") as worker:
+                with start(longer, mode, threads, Path(folder) / "0.pt") as worker:
                     worker.iterate(0)
                     answer = worker.iterate(1)
                 table[mode][str(steps)] = answer["peak_bytes"] - answer["base_bytes"]
@@ -436,34 +377,6 @@ def growth(setting: Setting, threads: int) -> dict[str, dict[str, int]]:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def report(entry: dict[str, Any]) -> str:
-    """An entry as a table: every figure with its ratio to the reference."""
-    columns = {
-        "seconds": ("median_seconds", 1.0),
-        "CPU seconds": ("median_cpu_seconds", 1.0),
-        "MiB above base": ("peak_bytes_above_base", MEBIBYTE),
-        "MiB in all": ("peak_rss_bytes", MEBIBYTE),
-    }
-    lines = ["".ljust(28) + "".join(f"{title:>20}" for title in columns)]
-    for mode, found in entry["modes"].items():
-        cells = [
-            f"{found[name] / unit:13.{2 if unit == 1 else 0}f}{found[f'{name}_ratio']:7.2f}"
-            for name, unit in columns.values()
-        ]
-        lines.append(mode.ljust(28) + "".join(cells))
-    return "\n".join(lines)
-
-
-def add(entry: dict[str, Any], record: Path) -> None:
-    """Put an entry into the record in place of an older one of the same setting and threads."""
-    entries = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
-    entries = [e for e in entries if any(e[k] != entry[k] for k in ("name", "threads"))]
-    entries = sorted([*entries, entry], key=lambda e: (e["name"], e["threads"]))
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, record)
 
 
 def main() -> None:
@@ -480,19 +393,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         setting, mode, threads, gradients = json.loads(arguments.serve)
-        serve(Setting(**setting), mode, threads, Path(gradients))
+        answer(Setting(**setting), mode, threads, Path(gradients))
         return
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("this benchmark reads peak memory from /proc: it needs Linux")
-    from importlib.metadata import version
-
-    import torch
-
+    require_peaks()
     modes = [mode for mode in MODES if mode == "reference" or mode in arguments.modes]
     for name in arguments.settings:
         setting = SETTINGS[name]
         say(f"{name}: {setting}")
-        load = os.getloadavg()[0]
+        before = load()
         entry: dict[str, Any] = {
             "name": name,
             "threads": arguments.threads,
@@ -505,16 +413,11 @@ def main() -> None:
                 "peak_bytes_above_base_by_steps": growth(setting, arguments.threads),
             }
         entry["machine"] = {
-            "load_before_and_after": [round(load, 1), round(os.getloadavg()[0], 1)],
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": version("timm"),
+            "load_before_and_after": [before, load()],
+            **machine("torch", "timm"),
         }
         add(entry, arguments.record)
-        print(report(entry))
+        print("\n".join(report(entry["modes"])))
 
 
 if __name__ == "__main__":

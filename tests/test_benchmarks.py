@@ -1,0 +1,115 @@
+"""What the benchmarks share, and that every script of `make bench` can be asked what it does."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if not p.name.startswith("_"))
+
+
+@pytest.fixture(scope="module")
+def measure() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_measure", FOLDER / "_measure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_a_script_says_what_it_does(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--record" in done.stdout, "a trial must be able to leave the committed record alone"
+
+
+def test_make_bench_runs_the_scripts_and_not_what_they_share(tmp_path: Path) -> None:
+    planned = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for script in SCRIPTS:
+        assert f"benchmarks/{script.name}" in planned
+    assert "_measure" not in planned
+
+
+def test_an_entry_replaces_that_of_the_same_key(measure: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for entry in (
+        {"name": "b", "threads": 2, "x": 1},
+        {"name": "b", "threads": 10, "x": 2},
+        {"name": "a", "threads": 2, "x": 3},
+        {"name": "b", "threads": 2, "x": 4},
+    ):
+        measure.add(entry, path)
+    found = [(e["name"], e["threads"], e["x"]) for e in json.loads(path.read_text())]
+    assert found == [("a", 2, 3), ("b", 2, 4), ("b", 10, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_an_interrupted_write_leaves_the_old_record(measure: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    measure.write([1], path)
+    with pytest.raises(TypeError):
+        measure.write([object()], path)
+    assert json.loads(path.read_text()) == [1]
+
+
+def test_a_timer_tells_work_from_waiting(measure: ModuleType) -> None:
+    with measure.Timer() as waiting:
+        time.sleep(0.2)
+    assert waiting.seconds >= 0.2
+    assert waiting.cpu_seconds < waiting.seconds / 2
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {folder!r})
+from _measure import serve
+held = []
+def iterate(number):
+    if number == 9:
+        sys.exit(3)
+    held[:] = [bytearray(50 * 2**20)] if number == 2 else []
+    return {{"number": number}}
+print("ready", flush=True)
+serve(iterate)
+"""
+
+
+def test_a_worker_counts_the_peak_of_what_it_was_asked_for(
+    measure: ModuleType, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WORKER.format(folder=str(FOLDER)))
+    with measure.Worker(str(script), "mode", [], 1, greets=True) as worker:
+        assert worker.iterate(0) == {"number": 0}
+        small, large = worker.iterate(1), worker.iterate(2)
+        above = [answer["peak_bytes"] - answer["base_bytes"] for answer in (small, large)]
+        if measure.peak_resident_bytes():  # 0 where the kernel keeps no count
+            assert above[0] < 20 * 2**20 < 50 * 2**20 <= above[1] < 80 * 2**20
+        with pytest.raises(SystemExit, match="mode: the process ended with 3"):
+            worker.iterate(9)
+
+
+def test_ratios_stand_beside_what_is_compared(measure: ModuleType) -> None:
+    modes = {
+        "a": dict.fromkeys(measure.COMPARED, 4.0),
+        "b": dict.fromkeys(measure.COMPARED, 6.0) | {"other": 1},
+    }
+    measure.add_ratios(modes, "a")
+    assert all(modes["b"][f"{name}_ratio"] == 1.5 for name in measure.COMPARED)
+    assert "other_ratio" not in modes["b"]
+    title, first, second = measure.report(modes)
+    assert "1.50" in second
+    assert "1.50" not in first
+    assert len(title) == len(first)
