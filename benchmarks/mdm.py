@@ -47,7 +47,7 @@ SETTINGS = {"scenes-tiny": 32, "test_nfnet": 64}  # pixels a side
 # -- one process per method ------------------------------------------------------------------------
 
 
-def build(setting: str, mode: str, folder: Path) -> Any:
+def build(setting: str, mode: str, folder: Path, pairs: int = PAIRS) -> Any:
     """A distiller, with experts of a few steps where it has some."""
     import torch
 
@@ -74,9 +74,11 @@ def build(setting: str, mode: str, folder: Path) -> Any:
             ),
             dim=_width(setting),
         )
-    dataset = Scenes.generate({"train": 300, "val": 20, "test": 20}, size=SETTINGS[setting])
+    dataset = Scenes.generate(
+        {"train": max(300, 2 * pairs), "val": 20, "test": 20}, size=SETTINGS[setting]
+    )
     model = build_model(config)
-    images, choice = select("random", dataset, PAIRS, 0)
+    images, choice = select("random", dataset, pairs, 0)
     context = Context(
         start=real_pairs(dataset, images, choice, model, "image+text_head"),
         real=RealBatches(dataset, "train", model, "image+text_head", torch.device("cpu")),
