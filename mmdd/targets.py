@@ -1,0 +1,225 @@
+"""What the project asks of its speed and memory, and what its benchmarks say of it.
+
+Each target is a ratio of two things that were measured in one run: a ratio means the same on a
+busy machine and an idle one, and seconds do not. Book: notebooks/14_efficiency.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+Read = Callable[[Any], float | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit on a ratio. subject, against: what is compared; quantity: by what.
+
+    record: the file in `benchmarks/` that would hold it, without suffix; read: takes the ratio out
+    of its content, None where that lacks it. note: what the measurement is not.
+    """
+
+    subject: str
+    against: str
+    quantity: str
+    limit: float
+    record: str = ""
+    read: Read = lambda content: None
+    note: str = ""
+
+
+def _named(name: str, threads: int = 1) -> Callable[[Any], dict[str, Any]]:
+    """The entry of a setting in a record that lists settings."""
+    return lambda content: next(
+        (e for e in content if e.get("name") == name and e.get("threads") == threads), {}
+    )
+
+
+def _modes(first: str, second: str, quantity: str, setting: str = "test_nfnet") -> Read:
+    """Ratio of two modes of one entry."""
+    entry = _named(setting)
+
+    def read(content: Any) -> float | None:
+        modes = entry(content).get("modes", {})
+        if first not in modes or second not in modes:
+            return None
+        return float(modes[first][quantity] / modes[second][quantity])
+
+    return read
+
+
+def _ratio(name: str, setting: str | None = None) -> Read:
+    """A ratio that the record itself holds, in the entry of a setting where there are some."""
+
+    def read(content: Any) -> float | None:
+        entry = content if setting is None else _named(setting)(content)
+        value = entry.get(name)
+        return None if value is None else float(value)
+
+    return read
+
+
+def _two_processes(content: Any) -> float | None:
+    seconds = {run["workers"]: run["seconds"] for run in content["runs"]}
+    return seconds[2] / seconds[1] if {1, 2} <= set(seconds) else None
+
+
+def _gigabytes(content: Any) -> float | None:
+    return max(run["peak_rss_bytes"] for run in content["runs"]) / 1e9
+
+
+_TIME, _MEMORY = "median_cpu_seconds", "peak_bytes_above_base"
+_TWICE = "the two passes of the published code"
+_GRAPH = "unrolled graph"
+
+TARGETS = (
+    Target("CovMatch iteration", "floor: its forward and backward passes alone", "time", 1.10),
+    Target("CovMatch iteration", "as published: two passes over the real batch", "time", 0.75),
+    Target("MDM iteration, interpolation included", "floor: its passes alone", "time", 1.20),
+    *(
+        target
+        for engine in ("forward-over-reverse", "double-backward")
+        for target in (
+            Target(
+                f"LoRS / TESLA, exact ({engine})",
+                _TWICE,
+                "time",
+                0.70,
+                "trajectory",
+                _modes(engine, "reference", _TIME),
+            ),
+            Target(
+                f"LoRS / TESLA, exact ({engine})",
+                _TWICE,
+                "memory",
+                0.65,
+                "trajectory",
+                _modes(engine, "reference", _MEMORY),
+            ),
+        )
+    ),
+    Target(
+        "LoRS / TESLA, finite differences",
+        _TWICE,
+        "time",
+        0.45,
+        "trajectory",
+        _modes("finite-difference", "reference", _TIME),
+    ),
+    Target(
+        "LoRS / TESLA, finite differences",
+        _TWICE,
+        "memory",
+        0.35,
+        "trajectory",
+        _modes("finite-difference", "reference", _MEMORY),
+    ),
+    Target(
+        "MTT with checkpointing",
+        _GRAPH,
+        "time",
+        1.40,
+        "trajectory",
+        _modes("double-backward, full", "unroll", _TIME),
+    ),
+    Target(
+        "MTT with checkpointing",
+        _GRAPH,
+        "memory",
+        0.50,
+        "trajectory",
+        _modes("double-backward, full", "unroll", _MEMORY),
+    ),
+    Target("five students together", "one after the other", "time", 0.50),
+    *(
+        target
+        for size, limit in (("1000 x 5000", 0.12), ("5000 x 25000", 0.15))
+        for target in (
+            Target(
+                f"recall, {size.replace('x', '×')}",
+                "a ranking per query",
+                "time",
+                limit,
+                "retrieval",
+                _ratio("cpu_seconds_ratio", size),
+            ),
+            Target(
+                f"recall, {size.replace('x', '×')}",
+                "a ranking per query",
+                "memory",
+                0.30,
+                "retrieval",
+                _ratio("peak_bytes_above_base_ratio", size),
+            ),
+        )
+    ),
+    Target("waiting for data", "an iteration", "time", 0.03),
+    Target(
+        "preparing 20,000 JPEGs, two processes",
+        "one loop over PIL",
+        "time",
+        0.55,
+        "prepare_memory",
+        _two_processes,
+        "measured against one process of the project, by the wall clock",
+    ),
+    Target(
+        "preparing 20,000 JPEGs", "1 GB", "memory", 1.0, "prepare_memory", _gigabytes, "at the peak"
+    ),
+    Target(
+        "import mmdd",
+        "import torch + 0.15 s",
+        "time",
+        1.0,
+        "startup",
+        _ratio("cpu_seconds_to_limit"),
+    ),
+)
+
+
+def measured(folder: str | Path, targets: tuple[Target, ...] = TARGETS) -> pd.DataFrame:
+    """Every target beside what the records in a folder say, in the order of the targets.
+
+    folder: holds `<record>.json`. Columns: subject, against, quantity, ratio (NaN where no record
+    holds it), target (the limit), met ("yes", "no", "not yet measured"), load (how many processes
+    wanted a core, where told), machine (system, cores and torch, where told), note.
+    Book: notebooks/14_efficiency.
+    """
+    rows = []
+    for target in targets:
+        path = Path(folder) / f"{target.record}.json"
+        content = json.loads(path.read_text("utf-8")) if target.record and path.exists() else None
+        ratio = None if content is None else target.read(content)
+        machine = {} if ratio is None else _machine(content)
+        rows.append(
+            {
+                "subject": target.subject,
+                "against": target.against,
+                "quantity": target.quantity,
+                "ratio": float("nan") if ratio is None else ratio,
+                "target": target.limit,
+                "met": "not yet measured"
+                if ratio is None
+                else ("yes" if ratio <= target.limit else "no"),
+                "load": _load(machine),
+                "machine": f"{machine['cores']} cores, {machine['architecture']}"
+                if machine
+                else "",
+                "note": target.note,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _machine(content: Any) -> dict[str, Any]:
+    entry = content[0] if isinstance(content, list) else content
+    return dict(entry["machine"])
+
+
+def _load(machine: dict[str, Any]) -> str:
+    told = machine.get("load_before_and_after", machine.get("load_when_done", []))
+    return " to ".join(f"{load:.0f}" for load in (told if isinstance(told, list) else [told]))
