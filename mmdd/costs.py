@@ -6,7 +6,7 @@ to them. Where the same work was done more than once, the least is therefore tak
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,11 @@ def of_preset(results: pd.DataFrame, name: str, **wishes: Any) -> pd.DataFrame:
     """
     keys = ["method", "pairs", "protocol", "seed"]
     runs = results.drop_duplicates("run_id")
-    wanted, full = [], {}
-    for (method, pairs, protocol, seed), group in runs.groupby(keys):
-        config = preset(name, **wishes, method=method, pairs=pairs, protocol=protocol, seed=seed)
+    wanted: list[str] = []
+    full: dict[tuple[Any, Any], tuple[str, int]] = {}
+    for values, group in runs.groupby(keys):
+        method, _, protocol, seed = found = cast(tuple[Any, ...], values)
+        config = preset(name, **wishes, **dict(zip(keys, found, strict=True)))
         if method != "full":
             wanted.append(config.run_id)
             continue
@@ -81,7 +83,7 @@ def ledger(rows: pd.DataFrame, results: pd.DataFrame | None = None) -> pd.DataFr
         buffer = _buffer(first)
         seconds, sets = experts.loc[buffer, ["seconds", "sets"]] if buffer else (0.0, 0)
         rate, iterations = group["seconds_per_iteration"].min(), group["iterations"].max()
-        dataset, protocol, pairs, method = key
+        dataset, protocol, pairs, method = (first[name] for name in _KEY)
         found.append(
             {
                 "dataset": dataset,
