@@ -221,3 +221,14 @@ def test_the_newer_peers_are_means_or_recalls_in_order():
     repblend = table[table["method"].eq("repblend")].set_index(["dataset", "pairs"])["mean"]
     for dataset in ("flickr30k", "coco"):
         assert repblend[dataset].is_monotonic_increasing
+
+
+def test_the_variances_of_lors_are_larger_for_image_text_data_in_every_column():
+    table = pd.read_csv(data_file("published/lors_table6.csv")).set_index("dataset")
+    assert table["kind"].value_counts().to_dict() == {"classes": 7, "image-text": 3}
+    values = table.drop(columns=["kind", "images"])
+    assert values.shape == (10, 3)
+    multimodal = table["kind"].eq("image-text")
+    # The claim of the paper's Fig. 2, which a slip of the decimal point would break.
+    assert (values[multimodal].min() > values[~multimodal].max()).all()
+    assert (values.max() < 4 * values.min()).all()
