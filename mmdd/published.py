@@ -95,3 +95,26 @@ def _require_known(column: str, wanted: Sequence[str], known: Sequence[str]) -> 
             f"published(): no {column} {', '.join(map(repr, unknown))} in the published tables; "
             f"choose from {', '.join(map(repr, known))}."
         )
+
+
+def disagreements(above: float = 0.15) -> pd.DataFrame:
+    """Numbers that several papers print for the same dataset, budget and method, and not alike.
+
+    above: differences up to this many points are taken for rounding. Index (dataset, pairs, method,
+    quantity), where quantity is a recall or the mean; columns: the papers (first word of the
+    source), difference (largest minus smallest), protocols (those that differ, or the common one).
+    Differences of a mean come with those of its recalls. The full data have pairs "full".
+    Book: book/claims.
+    """
+    table = _table()
+    table = table.assign(paper=table["source"].str.split(n=1).str[0])
+    keys = ["dataset", "pairs", "method"]
+    wide = table.melt([*keys, "paper"], [*RECALLS, "mean"], "quantity").pivot_table(
+        index=[*keys, "quantity"], columns="paper", values="value"
+    )
+    difference = wide.max(axis=1) - wide.min(axis=1)
+    wide.columns.name = None
+    found = wide.assign(difference=difference.round(2))[difference > above]
+    protocols = table.groupby(keys)["protocol"].agg(lambda names: " / ".join(names.unique()))
+    groups = pd.MultiIndex.from_frame(found.index.to_frame()[keys])
+    return found.assign(protocols=protocols.reindex(groups).to_numpy())

@@ -413,7 +413,9 @@ def test_the_execution_cache_follows_code_and_results_but_not_downloads(tmp_path
     for name, text in {
         "mmdd/a.py": "x = 1",
         "results/s.jsonl": "{}",
+        "results/m.json": "{}",
         "data/published/t.csv": "a",
+        "data/published/c.yaml": "a",
         "data/cache/images.json": "{}",
         "notebooks/n.ipynb": json.dumps({}),
     }.items():
@@ -423,7 +425,13 @@ def test_the_execution_cache_follows_code_and_results_but_not_downloads(tmp_path
     assert before == mmdd_book.inputs_digest(tmp_path)
     (tmp_path / "data/cache/images.json").write_text("[]", encoding="utf-8")
     assert mmdd_book.inputs_digest(tmp_path) == before
-    for name in ("mmdd/a.py", "results/s.jsonl", "data/published/t.csv"):
+    for name in (
+        "mmdd/a.py",
+        "results/s.jsonl",
+        "results/m.json",
+        "data/published/t.csv",
+        "data/published/c.yaml",
+    ):
         (tmp_path / name).write_text("changed", encoding="utf-8")
         after = mmdd_book.inputs_digest(tmp_path)
         assert after != before, name

@@ -6,7 +6,7 @@ import pytest
 from mmdd.errors import ConfigError
 from mmdd.paths import data_file
 from mmdd.presets import preset
-from mmdd.published import RECALLS, published
+from mmdd.published import RECALLS, disagreements, published
 
 # (first word of source, dataset, pairs, method) whose printed mean contradicts the printed recalls
 CONTRADICTIONS = {
@@ -232,3 +232,18 @@ def test_the_variances_of_lors_are_larger_for_image_text_data_in_every_column():
     # The claim of the paper's Fig. 2, which a slip of the decimal point would break.
     assert (values[multimodal].min() > values[~multimodal].max()).all()
     assert (values.max() < 4 * values.min()).all()
+
+
+def test_papers_that_disagree_are_found_and_those_that_agree_are_not():
+    apart = disagreements()
+    typo = apart.xs(("flickr30k", "500", "lors"), level=("dataset", "pairs", "method"))
+    assert list(typo.index) == ["TR@5"]  # the means agree
+    assert typo.loc["TR@5", ["LoRS", "CovMatch", "MDM"]].to_list() == [39.8, 39.8, 29.8]
+    means = apart.xs("mean", level="quantity")
+    full = means.loc[("flickr30k", "full", "full")]
+    assert full[["LoRS", "MDM", "CovMatch"]].to_list() == [54.7, 55.7, 75.7]
+    assert full["difference"] == 21.0
+    assert full["protocols"] == "image+text_head / both"
+    # 24.9 and 25.0 are one number rounded twice
+    assert ("flickr30k", "500", "mtt") not in means.index
+    assert disagreements(above=100.0).empty

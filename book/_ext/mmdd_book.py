@@ -27,11 +27,9 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
-KEYED = (
-    *("mmdd/**/*.py", "sweeps/*.yaml"),
-    *("data/**/*.safetensors", "data/**/*.csv", "data/**/*.json"),
-)
-KEYED_RESULTS = ("results/*.jsonl", "results/shown/*")
+SHIPPED = ("safetensors", "csv", "json", "yaml")
+KEYED = ("mmdd/**/*.py", "sweeps/*.yaml", *(f"data/**/*.{kind}" for kind in SHIPPED))
+KEYED_RESULTS = ("results/*.jsonl", "results/*.json", "results/shown/*")
 NOT_KEYED = ("data/cache/", "data/downloads/")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX_PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2")

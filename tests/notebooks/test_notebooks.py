@@ -16,6 +16,7 @@ from mmdd.store import ResultsStore
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PAGES = sorted((ROOT / "book").glob("*.ipynb"))
 
 
 def load(path: Path) -> Any:
@@ -30,7 +31,7 @@ def test_there_are_notebooks() -> None:
     assert len(set(numbers)) == len(numbers)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=lambda p: p.stem)
 def test_a_committed_notebook(path: Path) -> None:
     notebook = load(path)
     nbformat.validate(notebook)
@@ -54,7 +55,7 @@ def test_a_committed_notebook(path: Path) -> None:
                if c.cell_type == "markdown") == 1  # fmt: skip
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=lambda p: p.stem)
 def test_nothing_of_the_machine_is_in_a_notebook(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert str(Path.home()) + "/" not in text
