@@ -175,6 +175,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mdm", "cifar-minilm", "image+text_head"): _MDM
     | {"iterations": 100, "real_batch": 64, "lr_text": 0.003, "experts": _PHOTO_MDM},
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("cov-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
     ("repblend", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
 }
