@@ -76,26 +76,28 @@ def coverage(results: pd.DataFrame, *grids: str | Path) -> str:
     return f"{len(wanted & set(results['run_id']))} of {len(wanted)} runs"
 
 
-def verdict(better: pd.Series, other: pd.Series) -> dict[str, Any]:
+def verdict(better: pd.Series, other: pd.Series, seed_std: float) -> dict[str, Any]:
     """Whether the first recalls are above the second, as a paper claims, or not, or not decided.
 
-    better, other: recalls of the students of each (percent). Keys: difference of the means, "2 std"
-    (twice the standard deviation over students, pooled: the root of the mean variance), and
-    verdict: "reproduced" or "the other way round" where the difference is more than that,
-    "inconclusive" where it is not, or where a side has fewer than two students to tell a spread
-    from; "not yet run" where a side has none, and the numbers are NaN then.
+    better, other: recalls of the students of each, one distillation seed (percent). seed_std: τ,
+    how far a configuration's mean usually falls from seed to seed, which one seed cannot tell: see
+    `mmdd.claims.verdict.Evidence.usual_seed_deviation`. It is the rule of the claims' page for two
+    sets of one seed: the difference of the means D against its standard error u, with
+    u² = 2 τ² + s₁² / n₁ + s₂² / n₂ for n students of standard deviation s.
 
-    The spread is that of students: it says nothing about how another distillation seed would fall.
-    Book: notebooks/10_ablate_rho_lambda.
+    Keys: difference; "2u"; and verdict, "reproduced" for D ≥ 2u, "not reproduced" (the opposite was
+    found) for D ≤ -2u, else "inconclusive", also where a side has fewer than two students; "not yet
+    run" where a side has none, and the numbers are NaN then. Book: notebooks/10_ablate_rho_lambda.
     """
     if better.empty or other.empty:
-        return {"difference": np.nan, "2 std": np.nan, "verdict": "not yet run"}
+        return {"difference": np.nan, "2u": np.nan, "verdict": "not yet run"}
     difference = float(better.mean() - other.mean())
-    noise = 2 * float(np.sqrt((better.var(ddof=1) + other.var(ddof=1)) / 2))
+    by_students = better.var(ddof=1) / len(better) + other.var(ddof=1) / len(other)
+    needed = 2 * float(np.sqrt(2 * seed_std**2 + by_students))
     told = "inconclusive"
-    if abs(difference) > noise:  # false for a spread that is NaN
-        told = "reproduced" if difference > 0 else "the other way round"
-    return {"difference": difference, "2 std": noise, "verdict": told}
+    if abs(difference) >= needed:  # false for a spread that is NaN
+        told = "reproduced" if difference > 0 else "not reproduced"
+    return {"difference": difference, "2u": needed, "verdict": told}
 
 
 def _flat(nested: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -113,21 +113,24 @@ def series(*values: float) -> pd.Series:
     ("better", "other", "told"),
     [
         (series(20, 21, 22), series(10, 11, 12), "reproduced"),
-        (series(10, 11, 12), series(20, 21, 22), "the other way round"),
+        (series(10, 11, 12), series(20, 21, 22), "not reproduced"),
         (series(10, 11, 12), series(11, 12, 13), "inconclusive"),
-        (series(12.1, 13.1, 14.1), series(10, 11, 12), "reproduced"),  # std 1: just above 2
-        (series(11.9, 12.9, 13.9), series(10, 11, 12), "inconclusive"),  # just below
+        # Three students of standard deviation 1 each, τ = 1: 2u = 2 √(2 + 2/3) = 3.27.
+        (series(13.3, 14.3, 15.3), series(10, 11, 12), "reproduced"),
+        (series(13.2, 14.2, 15.2), series(10, 11, 12), "inconclusive"),
         (series(50), series(10, 11, 12), "inconclusive"),  # no spread of the first
         (series(), series(10, 11, 12), "not yet run"),
         (series(10, 11, 12), series(), "not yet run"),
     ],
 )
-def test_a_verdict_needs_twice_the_spread(better: pd.Series, other: pd.Series, told: str) -> None:
-    assert verdict(better, other)["verdict"] == told
+def test_a_verdict_needs_twice_the_error(better: pd.Series, other: pd.Series, told: str) -> None:
+    assert verdict(better, other, 1.0)["verdict"] == told
 
 
 def test_the_numbers_of_a_verdict() -> None:
-    found = verdict(series(20, 22, 24), series(11, 12, 13))
+    found = verdict(series(20, 22, 24), series(11, 12, 13), 1.5)
     assert found["difference"] == pytest.approx(10)
-    assert found["2 std"] == pytest.approx(2 * np.sqrt((4 + 1) / 2))
-    assert np.isnan(verdict(series(), series(1))["difference"])
+    assert found["2u"] == pytest.approx(2 * np.sqrt(2 * 1.5**2 + (4 + 1) / 3))
+    assert np.isnan(verdict(series(), series(1), 1.5)["difference"])
+    # Without any configuration of three seeds, τ is not known, and nothing is decided.
+    assert verdict(series(20, 22, 24), series(11, 12, 13), np.nan)["verdict"] == "inconclusive"
