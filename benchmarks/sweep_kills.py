@@ -1,6 +1,6 @@
 """What a sweep survives: its processes are killed at random moments, and nothing may be lost.
 
-    python benchmarks/sweep_kills.py [--kills 20] [--points 30] [--jobs 2] [--seed 0]
+    python benchmarks/sweep_kills.py [--kills 20] [--points 30] [--jobs 2] [--record FILE]
 
 Carries out a grid of small runs once undisturbed, and once while `kill -9` hits, in turn, a kernel,
 a papermill process, and the whole sweep, which is then started again. Compares the records of both:
@@ -23,6 +23,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
+from mmdd.files import atomic_write_text
 from mmdd.grid import load_sweep
 from mmdd.runs import run
 from mmdd.store import ResultsStore
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, default=RECORD)
     wanted = parser.parse_args()
     rng = random.Random(wanted.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -150,7 +152,7 @@ def main() -> None:
             "unfinished_notebooks": len(leftovers),
             "exit_code_of_another_call": again.wait(),
         }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    atomic_write_text(wanted.record, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
     if found != calm or record["exit_code_of_another_call"] != 0:
         raise SystemExit(1)
