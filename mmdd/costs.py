@@ -6,51 +6,18 @@ to them. Where the same work was done more than once, the least is therefore tak
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from mmdd.batches import steps_per_epoch
 from mmdd.errors import ConfigError
-from mmdd.presets import preset
 from mmdd.tables import GIVE_UP_A_PAIR
 
 # What it takes to have one student of a set, in the order in which it is done.
 PARTS = ("experts", "start", "distillation", "student")
 _KEY = ["dataset", "protocol", "pairs", "method"]
-
-
-def of_preset(results: pd.DataFrame, name: str, **wishes: Any) -> pd.DataFrame:
-    """The rows whose run is what a preset gives for their method, budget, protocol and seed.
-
-    results: of `load_results`. wishes: of `preset`, over it. Ablations, trials and what was run
-    before the preset's settings were changed are left out. Sweeps give the full data fewer epochs
-    than the preset: these runs count too, those with the most epochs of each dataset and protocol.
-    Raises `ConfigError` for an unknown preset. Book: notebooks/14_efficiency.
-    """
-    keys = ["method", "pairs", "protocol", "seed"]
-    runs = results.drop_duplicates("run_id")
-    wanted: list[str] = []
-    full: dict[tuple[Any, Any], tuple[str, int]] = {}
-    for values, group in runs.groupby(keys):
-        method, _, protocol, seed = found = cast(tuple[Any, ...], values)
-        config = preset(name, **wishes, **dict(zip(keys, found, strict=True)))
-        if method != "full":
-            wanted.append(config.run_id)
-            continue
-        for run, had in zip(group["run_id"], group["config"], strict=True):
-            epochs = had["evaluation"]["epochs"]
-            same = _without_looks(had) == _without_looks(config.identity())
-            if same and epochs > full.get((protocol, seed), ("", 0))[1]:
-                full[protocol, seed] = (run, epochs)
-    return results[results["run_id"].isin([*wanted, *(run for run, _ in full.values())])]
-
-
-def _without_looks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration but for how long and how often students are looked at."""
-    evaluation = {k: v for k, v in config["evaluation"].items() if k not in ("epochs", "scores")}
-    return {**config, "evaluation": evaluation}
 
 
 def ledger(rows: pd.DataFrame, results: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -207,7 +174,7 @@ def _refuse_mixtures(key: Any, group: pd.DataFrame) -> None:
         runs = ", ".join(sorted(group["run_id"].unique()))
         raise ConfigError(
             f"{' '.join(map(str, key))} holds more than one configuration (runs {runs}): choose "
-            "one first, for instance with of_preset."
+            "one first, for instance with `mmdd.rows.preset_rows`."
         )
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmdd import costs
 from mmdd.errors import ConfigError
 from mmdd.presets import preset
+from mmdd.rows import preset_rows
 from mmdd.targets import TARGETS, measured
 
 ROOT = Path(__file__).parents[1]
@@ -122,9 +123,9 @@ def test_the_rows_of_a_preset() -> None:
             row("full", wish_evaluation={"epochs": 50, "lr_image": 0.5}),
         ]
     )
-    assert costs.of_preset(rows, "small").index.tolist() == [0, 2, 5]
+    assert preset_rows(rows).index.tolist() == [0, 2, 5]
     started = pd.DataFrame([row("mdm"), row("mdm", wish_init="random")])
-    assert costs.of_preset(started, "small", init="random").index.tolist() == [1]
+    assert preset_rows(started).index.tolist() == [0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
