@@ -15,8 +15,7 @@ from pydantic import (
 
 from mmdd.distill import METHODS, Method
 from mmdd.distill.loop import Precision
-from mmdd.encoders import ModelConfig, resolve_pair, weights_identity
-from mmdd.encoders.scenes import scenes_module
+from mmdd.encoders import ModelConfig, code_behind, weights_identity
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
 from mmdd.protocols import Protocol
@@ -160,8 +159,17 @@ class RunConfig(BaseModel):
     @property
     def set_id(self) -> str:
         """16 hex digits naming the set alone: runs that differ in the evaluation share it."""
+        return _digest(self._identity_of_set())
+
+    @property
+    def set_source_hash(self) -> str:
+        """12 hex digits of the code that decides the set alone, whoever is trained on it."""
+        return code_of(self._identity_of_set())
+
+    def _identity_of_set(self) -> dict[str, Any]:
+        # A selection goes by the encoders of its students, a distilled set does not.
         left_out = {"evaluation", "student"} if self.method in METHODS else {"evaluation"}
-        return _digest({k: v for k, v in self.identity().items() if k not in left_out})
+        return {k: v for k, v in self.identity().items() if k not in left_out}
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -194,14 +202,11 @@ def code_of(identity: dict[str, Any]) -> str:
         else:
             raise ConfigError(f"no method or start {name!r} here.")
     entries = []
-    for values in (identity["model"], identity.get("student")):
-        if values is not None:
-            pair = resolve_pair(ModelConfig.model_validate(values))
-            entries.append(pair.model_dump_json())
-            if pair.image.kind == "scenes":
-                modules.append(scenes_module("image", pair.image.name))
-            if pair.text.kind == "scenes":
-                modules.append(scenes_module("text", pair.text.name))
+    for model in (identity["model"], identity.get("student")):
+        if model is not None:
+            more, entry = code_behind(model)
+            modules += more
+            entries.append(entry)
     return source_hash(*modules, entries=tuple(entries))
 
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from mmdd import losses
 from mmdd.batches import Batch, RealBatches, steps_per_epoch
-from mmdd.encoders.dual import DualEncoder
+from mmdd.encoders.dual import DualEncoder, code_behind
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.evaluation import SplitScorer
 from mmdd.files import atomic_write_text, load_state, load_tensors, save_state, save_tensors
@@ -198,12 +198,13 @@ def buffer_folder(config: ExpertConfig, context: "Context", folder: Path) -> Pat
 
 
 def _identity(config: ExpertConfig, context: "Context") -> dict[str, Any]:
+    modules, entry = code_behind(context.model_config)
     return {
         "experts": config.model_dump(mode="json", exclude={"count"}),
         "model": context.model_config,
         "dataset": context.real.dataset.fingerprint,
         "protocol": context.protocol,
-        "source_hash": source_hash(__name__),
+        "source_hash": source_hash(__name__, *modules, entries=(entry,)),
     }
 
 

@@ -150,7 +150,7 @@ def _compared(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _checkpoint_path(folder: Path, config: RunConfig) -> Path:
     # What other code began, this code does not finish.
-    return folder / "checkpoints" / f"{config.set_id}-{config.source_hash}.safetensors"
+    return folder / "checkpoints" / f"{config.set_id}-{config.set_source_hash}.safetensors"
 
 
 def initial_pairs(config: RunConfig, dataset: PairDataset, model: DualEncoder) -> SyntheticPairs:
@@ -216,7 +216,7 @@ def _make_set_alone(
     if path.exists():
         kept = SyntheticPairs.load(path)
         # A set made by other code, or of other data, is not this run's: make it again.
-        current = (config.source_hash, dataset.fingerprint)
+        current = (config.set_source_hash, dataset.fingerprint)
         if (kept.metadata.get("source_hash"), kept.metadata["dataset_fingerprint"]) == current:
             return kept, kept.metadata["cost"]
     result, seconds = _initial_pairs(config, dataset, template)
@@ -233,7 +233,7 @@ def _make_set_alone(
     result.metadata |= {
         "method": config.method,
         "set_id": config.set_id,
-        "source_hash": config.source_hash,
+        "source_hash": config.set_source_hash,
         "cost": cost,
     }
     result.save(path)

@@ -1,6 +1,7 @@
 """Configurations: what they refuse, and which of their parts name a run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmdd.config import RunConfig, code_of, is_stale, method_entry
 from mmdd.distill import METHODS, CovMatch, CovMatchConfig
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
+from mmdd.paths import data_file
 from mmdd.selection import SELECTORS
 
 
@@ -219,6 +221,30 @@ def test_the_code_of_a_run() -> None:
     for key, value in (("method", "nonsense"), ("init", ""), ("model", {"pair": "no-such-pair"})):
         with pytest.raises(ConfigError, match=r"no method or start|unknown encoder pair"):
             code_of(identity | {key: value})
+
+
+def test_the_code_of_a_set_knows_nothing_of_its_students() -> None:
+    other = {"pair": "scenes-resnet"}
+    assert make(student=other).source_hash != make().source_hash
+    assert make(student=other).set_source_hash == make().set_source_hash
+    assert make(student=other).set_id == make().set_id
+    # A selection goes by the features of those who learn from it.
+    chosen, others = make(method="herding"), make(method="herding", student=other)
+    assert others.set_source_hash != chosen.set_source_hash
+    assert others.set_id != chosen.set_id
+
+
+def test_the_weights_that_ship_count_as_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make().source_hash
+    for file in data_file("pretrained/scenes_tiny.safetensors").parent.glob("*.safetensors"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr("mmdd.encoders._weights.data_file", lambda name: tmp_path / Path(name).name)
+    assert make().source_hash == before
+    trained_again = tmp_path / "scenes_tiny.safetensors"
+    trained_again.write_bytes(trained_again.read_bytes() + b" ")
+    assert make().source_hash != before
 
 
 def test_records_of_code_that_is_gone_are_stale() -> None:

@@ -60,7 +60,7 @@ def find(folders: list[Path], config: RunConfig) -> SyntheticPairs | None:
         path = folder / f"{config.set_id}.safetensors"
         if path.exists():
             pairs = SyntheticPairs.load(path)
-            if pairs.metadata["source_hash"] == config.source_hash:
+            if pairs.metadata["source_hash"] == config.set_source_hash:
                 return pairs
     return None
 
@@ -82,7 +82,7 @@ def main(folders: list[Path]) -> None:
             continue
         start = start_of(pairs, dataset, model)
         numbers = measure(pairs, start, captions, model, reference)
-        row = about | {"set_id": config.set_id, "source_hash": config.source_hash}
+        row = about | {"set_id": config.set_id, "source_hash": config.set_source_hash}
         row["measures"] = {name: round(value, 5) for name, value in numbers.items()}
         if config.method in SELECTIONS and config.seed == SEEDS[0]:
             for key in ("source_images", "source_captions"):

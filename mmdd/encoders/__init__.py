@@ -1,7 +1,7 @@
 """Image and text encoders by name, and the dual encoder that a retrieval model is."""
 
 from mmdd.encoders._weights import weights_identity
-from mmdd.encoders.dual import DualEncoder, ModelConfig, build_model, resolve_pair
+from mmdd.encoders.dual import DualEncoder, ModelConfig, build_model, code_behind, resolve_pair
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec
 from mmdd.encoders.pairs import PAIRS, EncoderPair
 from mmdd.encoders.text import TextEncoder, TextEncoderSpec
@@ -16,6 +16,7 @@ __all__ = [
     "TextEncoder",
     "TextEncoderSpec",
     "build_model",
+    "code_behind",
     "resolve_pair",
     "weights_identity",
 ]

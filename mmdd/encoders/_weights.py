@@ -50,6 +50,17 @@ def weights_identity(weights: str | None) -> str | None:
     return f"local:{path.name}:{_content(stamps)}"
 
 
+def shipped_content(weights: str | None) -> str | None:
+    """12 hex digits of a weights file that ships with the project; None for any other weights."""
+    if not weights or weights in ("hub", "random", "package") or ":" in weights:
+        return None
+    try:
+        path = data_file(f"pretrained/{weights}")
+    except DataError:
+        return None
+    return _content(((str(path), path.stat().st_mtime_ns, path.stat().st_size),))
+
+
 @lru_cache(maxsize=32)
 def _content(stamps: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()

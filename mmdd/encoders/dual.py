@@ -1,14 +1,17 @@
 """Two encoders and their projections into one space. Contains no loss."""
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from mmdd.encoders._weights import shipped_content
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec, build_image_encoder
 from mmdd.encoders.pairs import PAIRS, EncoderPair
+from mmdd.encoders.scenes import scenes_module
 from mmdd.encoders.text import TextEncoder, TextEncoderSpec, build_text_encoder
 from mmdd.errors import ConfigError
 
@@ -156,6 +159,24 @@ def resolve_pair(config: ModelConfig) -> EncoderPair:
         if (value := getattr(config, name)) is not None
     }
     return PAIRS[config.pair].model_copy(update=wishes)
+
+
+def code_behind(model: dict[str, Any]) -> tuple[list[str], str]:
+    """What decides a model beyond the code that all models share: (modules, entry).
+
+    model: a `ModelConfig` as JSON values, as records hold it. modules: those that build its
+    encoders. entry: what `PAIRS` says under its name, with the content of the weights that ship.
+    Both go into the source hash of what is made with the model. Raises `ConfigError` for an unknown
+    pair. Book: book/sweeps.
+    """
+    pair = resolve_pair(ModelConfig.model_validate(model))
+    modules = []
+    if pair.image.kind == "scenes":
+        modules.append(scenes_module("image", pair.image.name))
+    if pair.text.kind == "scenes":
+        modules.append(scenes_module("text", pair.text.name))
+    shipped = [shipped_content(spec.weights) for spec in (pair.image, pair.text)]
+    return modules, json.dumps([pair.model_dump(mode="json"), shipped])
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> DualEncoder:

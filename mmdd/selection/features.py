@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from mmdd.batches import RealBatches, inference, pixels
-from mmdd.encoders.dual import DualEncoder
+from mmdd.encoders.dual import DualEncoder, code_behind
 from mmdd.errors import ArtefactError, ConfigError, NonFiniteError
 from mmdd.evaluation import EvaluationConfig, train_student
 from mmdd.files import load_tensors, save_tensors, tensors_sha256
@@ -106,11 +106,12 @@ def warm_up(
 
 def _compute(candidates: Candidates) -> dict[str, Tensor]:
     """The features of all candidates, by a warm-up of their own."""
-    model = warm_up(candidates, candidates.config.warm_up_epochs)
-    _, device = candidates.trainable()
+    own, device = candidates.trainable()
     dataset = candidates.dataset
     images, choice = candidates.pairs
-    real = RealBatches(dataset, "train", model, PROTOCOL, device)  # one pass of the text encoder
+    # One pass of the text encoder for both: the warm-up does not train it.
+    real = RealBatches(dataset, "train", own, PROTOCOL, device)
+    model = warm_up(candidates, candidates.config.warm_up_epochs, real)
     rows = torch.from_numpy(real.table.rows(images, choice)).to(device)
     z_image, z_text = [], []
     with inference(model):
@@ -182,12 +183,13 @@ def check(rows: np.ndarray, pairs: int) -> None:
 
 def _key(candidates: Candidates, module: str) -> str:
     """16 hex digits of all that decides a selection's features."""
+    modules, entry = code_behind(candidates.model_config)
     identity = {
         "dataset": candidates.dataset.fingerprint,
         "model": candidates.model_config,
         "selection": candidates.config.model_dump(mode="json"),
         "seed": candidates.seed,
-        "source_hash": source_hash(module),
+        "source_hash": source_hash(module, *modules, entries=(entry,)),
         "module": module,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import torch
 from mmdd.batches import RealBatches
 from mmdd.data.pairs import PairDataset
 from mmdd.data.scenes import Scenes
-from mmdd.encoders import DualEncoder, ModelConfig, build_model
+from mmdd.encoders import PAIRS, DualEncoder, ModelConfig, build_model
 from mmdd.errors import NonFiniteError
 from mmdd.evaluation import SplitScorer
 from mmdd.losses import info_nce
@@ -167,7 +167,7 @@ def test_a_damaged_file_is_made_again(
 
 
 def test_what_decides_the_features_names_the_file(
-    scenes: PairDataset, model: DualEncoder, cache: Path
+    scenes: PairDataset, model: DualEncoder, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features(make(scenes, model))
     features(make(scenes, model, seed=1))
@@ -177,6 +177,9 @@ def test_what_decides_the_features_names_the_file(
     features(other)
     features(make(Scenes.generate({"train": 39, "val": 20, "test": 5}), model))
     assert len(list(cache.glob("*.safetensors"))) == 5
+    monkeypatch.setitem(PAIRS, "scenes-tiny", PAIRS["scenes-resnet"])  # the name says another model
+    features(make(scenes, model))
+    assert len(list(cache.glob("*.safetensors"))) == 6
 
 
 def test_a_model_without_a_name_is_not_cached(
