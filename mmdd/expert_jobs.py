@@ -14,7 +14,6 @@ from mmdd.config import RunConfig
 from mmdd.data.open import open_dataset
 from mmdd.distill import METHODS
 from mmdd.distill.loop import Context
-from mmdd.distill.repblend import RepBlend, _of_heads
 from mmdd.encoders import build_model
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, buffer_folder, train_experts
@@ -69,8 +68,6 @@ def _buffer(config: RunConfig) -> tuple[ExpertConfig, Context, Path]:
     distiller: Any = METHODS[config.method].distiller
     if hasattr(distiller, "expert_context"):  # its experts start in a way of their own
         context = distiller.expert_context(config.settings, context)
-    if issubclass(distiller, RepBlend):
-        context = _of_heads(context)
     return settings, context, buffer_folder(settings, context, experts_folder(config))
 
 

@@ -55,7 +55,14 @@ class RepBlend(TrajectoryMatching):
     def prepare(
         cls, config: Any, context: Context, folder: Path, progress: bool = True
     ) -> tuple[ExpertBuffer, dict[str, Any]]:
-        return prepare_experts(config.experts, _of_heads(context), folder, progress)
+        return prepare_experts(
+            config.experts, cls.expert_context(config, context), folder, progress
+        )
+
+    @staticmethod
+    def expert_context(config: Any, context: Context) -> Context:
+        """What the experts are trained in: projections alone, whatever the students train."""
+        return _of_heads(context)
 
     def __init__(self, config: RepBlendConfig, context: Context) -> None:
         super().__init__(config, _of_heads(context))
