@@ -7,31 +7,31 @@ import numpy as np
 import pandas as pd
 
 from mmdd.grid import load_sweep
-from mmdd.presets import preset
+from mmdd.presets import PresetName, preset
 
 
-def with_changes(results: pd.DataFrame) -> pd.DataFrame:
+def with_changes(results: pd.DataFrame, usual: PresetName = "small") -> pd.DataFrame:
     """The same rows with two more columns: `init`, and `changes`, what the run does its own way.
 
     results: rows of `load_results`. `changes` is a dict by dotted key, such as `settings.rho`, of
-    every value that is not the one of the preset "small" for the run's method, protocol, number of
+    every value that is not the one of the preset `usual` for the run's method, protocol, number of
     pairs and start. Seed and start are columns of their own and no changes; `init` is None where
     nothing is distilled. A run is known by these, and not by the sweep that it is filed under: two
     grids that want the same configuration share one record.
 
     Book: notebooks/10_ablate_rho_lambda.
     """
-    usual: dict[tuple[Any, ...], dict[str, Any]] = {}
+    plain: dict[tuple[Any, ...], dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     for run_id, config in zip(results["run_id"], results["config"], strict=True):
         if run_id in found:
             continue
         kind = (config["method"], config["protocol"], config.get("pairs"), config.get("init"))
-        if kind not in usual:
+        if kind not in plain:
             named = zip(("method", "protocol", "pairs", "init"), kind, strict=True)
             wishes = {key: value for key, value in named if value is not None}
-            usual[kind] = _flat(preset("small", **wishes).identity())
-        own, base = _flat(config), usual[kind]
+            plain[kind] = _flat(preset(usual, **wishes).identity())
+        own, base = _flat(config), plain[kind]
         # A key that the record lacks was no choice yet when it was made.
         found[run_id] = {k: v for k, v in own.items() if k != "seed" and (k, v) not in base.items()}
     return results.assign(
