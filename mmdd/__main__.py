@@ -1,26 +1,61 @@
-"""The command line: `mmdd prepare | run | evaluate | sweep | experts | doctor`."""
+"""The command line: `mmdd run | evaluate | inspect | sweep | doctor | …`.
+
+Exit codes: 0 done; 1 a named failure, in one line on stderr, or points of a sweep that failed; 2
+not understood or not possible as asked (unknown command, option, preset, key or value); 130
+interrupted. Anything else is a defect and shows a traceback (1).
+"""
 
 import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
 
 from mmdd.errors import ConfigError, DownloadError, MmddError
 
+MAKE, LOOK, SET_UP = "Make sets", "Look at sets and records", "Set up"
+# A blank line between lines, or rich joins them.
+_CODES = """Exit codes: 0 done, 1 a named failure, 2 not possible as asked, 130 interrupted.
+
+Shell completion: mmdd --install-completion (bash, zsh, fish, PowerShell)."""
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(["Examples:", *(f"  mmdd {command}" for command in commands)])
+
+
 app = typer.Typer(
-    help="Multimodal dataset distillation: run, evaluate and sweep.",
+    help="Multimodal dataset distillation: make small sets of image–text pairs, score them.",
+    epilog=_examples(
+        "doctor",
+        "run --method covmatch --pairs 50 --preset tiny",
+        "evaluate results/shown/scenes-covmatch-50.safetensors",
+        "COMMAND --help",
+    )
+    + "\n\n"
+    + _CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 Results = Annotated[Path, typer.Option(help="Folder of the result records.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, for photos.")]
+Preset = Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper (see mmdd list).")]
+SetFile = Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value of the run's configuration, such as settings.rho=1.5."),
+]
 
 
-@app.command()
+@app.command(
+    rich_help_panel=SET_UP,
+    epilog=_examples("prepare flickr8k", "prepare coco --root /data"),
+)
 def prepare(
     source: Annotated[str, typer.Argument(help="flickr8k, flickr30k, coco, karpathy, …")],
     root: Annotated[
@@ -45,22 +80,35 @@ def prepare(
         typer.echo(f"ready: --data {folder}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MAKE,
+    epilog=_examples(
+        "run --method random --pairs 100 --preset tiny",
+        "run --method lors --protocol image+text_head --pairs 99",
+        "run --set settings.rho=1.5 --set evaluation.students=2 --json",
+        "run --preset photos --protocol image+text_head --data path/to/flickr8k",
+    ),
+)
 def run(
-    method: str = "covmatch",
-    pairs: int = 100,
-    protocol: str = "both",
-    seed: int = 0,
-    preset: Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper.")] = "small",
-    sweep: str = "default",
+    method: Annotated[str, typer.Option(help="A method or selection (see mmdd list).")] = (
+        "covmatch"
+    ),
+    pairs: Annotated[int, typer.Option(help="Pairs of the set.")] = 100,
+    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = "both",
+    seed: Annotated[int, typer.Option(help="Of the start and of the distillation.")] = 0,
+    preset: Preset = "small",
+    sweep: Annotated[str, typer.Option(help="The group that the record is filed under.")] = (
+        "default"
+    ),
     data: Data = None,
     results: Results = Path("results"),
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, such as settings.rho=1.5")
-    ] = None,
+    override: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record.")] = False,
 ) -> None:
-    """Distil (or select) a set, train students on it, score them, keep the record."""
+    """Distil (or select) a set, train students on it, score them, keep the record.
+
+    A run that is finished is not repeated; one that was interrupted goes on from its checkpoint.
+    """
     from mmdd.presets import preset as make
     from mmdd.runs import run as carry_out
 
@@ -69,70 +117,201 @@ def run(
     typer.echo(json.dumps(record, indent=1) if as_json else _summary(record))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=_examples(
+        "evaluate results/shown/scenes-covmatch-50.safetensors",
+        "evaluate SET --dataset scenes --protocol heads --json",
+        "evaluate SET --dataset flickr8k --data path/to/flickr8k --protocol image+text_head",
+        "evaluate SET --set evaluation.students=1 --set model.pair=scenes-vit",
+    ),
+)
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
-    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = "both",
-    preset: Annotated[str, typer.Option(help="Which data, encoders and students.")] = "small",
+    file: SetFile,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="scenes, flickr8k, … By default what the set was made from."),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="image+text_head, both or heads. By default the set's own.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Encoders and students. By default those for the dataset.")
+    ] = None,
     data: Data = None,
+    override: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """Train students on any distilled set and score them under a protocol."""
-    from mmdd.presets import preset as make
-    from mmdd.runs import evaluate_file
-
-    runtime = {} if data is None else {"data": str(data)}
-    config = make(preset, method="random", protocol=protocol, runtime=runtime)
-    students = evaluate_file(file, config)
-    for student in students:
-        typer.echo(f"student {student['student_seed']}: mean {student['test']['mean']:.2f}")
-
-
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
-    draw: Annotated[Path | None, typer.Option(help="A PNG file to draw its images to.")] = None,
-) -> None:
-    """Print what a distilled set is and where it is from; draw it."""
+    """Train students on any distilled set and score them on a dataset under a protocol."""
+    from mmdd.sets import config_for, score_file
     from mmdd.synthetic import SyntheticPairs
 
+    wishes = _wishes({}, override, data)
     pairs = SyntheticPairs.load(file)
-    typer.echo(repr(pairs))
-    for key, value in pairs.metadata.items():
-        if not isinstance(value, list | dict):
-            typer.echo(f"{key:<20} {value}")
-    similarity = "identity" if pairs.similarity is None else pairs.similarity.kind
-    typer.echo(f"{'similarity':<20} {similarity}")
-    rates = ", ".join(f"{part} {rate:.3g}" for part, rate in pairs.learning_rates.items())
-    typer.echo(f"{'learned rates':<20} {rates or 'none'}")
+    scored = score_file(file, config_for(pairs, dataset, protocol, preset, wishes))
+    if as_json:
+        typer.echo(json.dumps(scored, indent=1))
+        return
+    for student in scored["students"]:
+        typer.echo(f"student {student['student_seed']}: mean {student['test']['mean']:.2f}")
+    spread = "" if scored["std"] is None else f" ± {scored['std']:.2f}"
+    typer.echo(
+        f"{scored['pairs']} pairs on {scored['dataset']['name']}, protocol {scored['protocol']}, "
+        f"{scored['model']}: mean recall {scored['mean']:.2f}{spread} "
+        f"(chance {scored['chance']:.2f})"
+    )
+    if not scored["dataset"]["made_from_it"]:
+        typer.echo("note: the set was made from other data than those it is scored on", err=True)
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=_examples("inspect SET --draw set.png", "inspect SET --json"),
+)
+def inspect(
+    file: SetFile,
+    draw: Annotated[Path | None, typer.Option(help="A PNG file to draw its images to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a distilled set is and where it is from; draw it."""
+    from mmdd.sets import describe_file
+    from mmdd.synthetic import SyntheticPairs
+
+    about = describe_file(file)
     if draw is not None:
         from PIL import Image
 
         from mmdd.plots import image_grid
 
-        grid = image_grid(pairs.images.permute(0, 2, 3, 1).numpy())
+        images = SyntheticPairs.load(file).images
+        grid = image_grid(images.permute(0, 2, 3, 1).numpy())
         Image.fromarray(grid).save(draw)
-        typer.echo(f"{'drawn to':<20} {draw}")
+        about["drawn_to"] = str(draw)
+    if as_json:
+        typer.echo(json.dumps(about, indent=1))
+        return
+    rates, metadata = about.pop("learning_rates"), about.pop("metadata")
+    shown = {key: value for key, value in metadata.items() if not isinstance(value, list | dict)}
+    rates = ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
+    for key, value in [*about.items(), ("learned rates", rates or "none"), *shown.items()]:
+        typer.echo(f"{key.replace('_', ' '):<20} {_told(value)}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=_examples(
+        "export SET out",
+        "export SET out --as dataset",
+        "export SET out.safetensors --as tensors --test test.safetensors",
+    ),
+)
 def export(
-    file: Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")],
+    file: SetFile,
     to: Annotated[Path, typer.Argument(help="The folder, or file, to write.")],
     form: Annotated[
-        str, typer.Option("--as", help="folder (PNG and a table), dataset (with a card), tensors.")
+        Literal["folder", "dataset", "tensors"],
+        typer.Option(
+            "--as", help="PNG files and a table; a Hugging Face dataset with a card; one file."
+        ),
     ] = "folder",
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Also write the test split of the set's dataset as plain tensors here."),
+    ] = None,
+    data: Data = None,
 ) -> None:
     """Write a distilled set in a form that other code reads without mmdd."""
-    from mmdd.export import export_dataset, export_folder, export_tensors
+    from mmdd.export import export_dataset, export_folder, export_tensors, export_test_split
     from mmdd.synthetic import SyntheticPairs
 
+    pairs = SyntheticPairs.load(file)
     forms = {"folder": export_folder, "dataset": export_dataset, "tensors": export_tensors}
-    if form not in forms:
-        raise ConfigError(f"unknown form {form!r}; known: {', '.join(forms)}.")
-    typer.echo(f"written: {forms[form](SyntheticPairs.load(file), to)}")
+    typer.echo(f"written: {forms[form](pairs, to)}")
+    if test is not None:
+        from mmdd.sets import config_for
+
+        config = config_for(pairs, wishes=_wishes({}, None, data))
+        typer.echo(f"written: {export_test_split(config, test)}")
 
 
-@app.command()
+@app.command(
+    name="list",
+    rich_help_panel=LOOK,
+    epilog=_examples("list", "list methods", "list encoders --json"),
+)
+def list_(
+    kind: Annotated[
+        Literal["methods", "selections", "presets", "sources", "encoders", "protocols"] | None,
+        typer.Argument(help="One kind of names; by default all of them."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the names that commands take: methods, presets, encoders, what can be prepared."""
+    from typing import get_args
+
+    from mmdd.data.sources import SOURCES
+    from mmdd.distill import METHODS
+    from mmdd.encoders.pairs import PAIRS
+    from mmdd.presets import PresetName
+    from mmdd.protocols import PROTOCOLS
+    from mmdd.selection import SELECTORS
+
+    names = {
+        "methods": [*METHODS, "full"],
+        "selections": list(SELECTORS),
+        "presets": list(get_args(PresetName)),
+        "sources": list(SOURCES),
+        "encoders": list(PAIRS),
+        "protocols": list(PROTOCOLS),
+    }
+    if kind is not None:
+        names = {kind: names[kind]}
+    if as_json:
+        typer.echo(json.dumps(names, indent=1))
+        return
+    for title, members in names.items():
+        typer.echo(f"{title:<11} {', '.join(members)}")
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=_examples("results --method covmatch", "results --dataset scenes --pairs 50 --json"),
+)
+def results(
+    folder: Annotated[Path, typer.Argument(help="Folder of the result records.")] = Path("results"),
+    dataset: Annotated[str | None, typer.Option(help="Only this dataset.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Only this protocol.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Only this budget.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Only this sweep.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the records of a results folder: one line per run, mean recall over its students."""
+    from mmdd.runs import load_results, summarise
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder of records.")
+    rows = load_results(folder)
+    asked = {"dataset": dataset, "protocol": protocol, "method": method, "sweep": sweep}
+    for column, value in (asked | {"pairs": pairs}).items():
+        rows = rows if value is None else rows[rows[column] == value]
+    keys = ["sweep", "run_id", "dataset", "protocol", "method", "pairs", "seed", "stale"]
+    table = summarise(rows, keys).drop(columns="seeds")
+    if as_json:
+        typer.echo(table.to_json(orient="records", indent=1))
+    elif table.empty:
+        typer.echo("no record fits", err=True)
+    else:
+        typer.echo(table.round(2).to_string(index=False))
+
+
+@app.command(
+    rich_help_panel=MAKE,
+    epilog=_examples(
+        "sweep sweeps/scenes_covmatch.yaml --jobs 2",
+        "sweep sweeps/*.yaml --scheduler tcp://host:8786 --resource GPU=1",
+    ),
+)
 def sweep(
     files: Annotated[list[Path], typer.Argument(help="Grids in YAML, see sweeps/.")],
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes at a time.")] = 1,
@@ -192,17 +371,20 @@ def sweep(
     raise typer.Exit(code=1 if any_failed else 0)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MAKE,
+    epilog=_examples("experts --method mtt --jobs 2", "experts --set settings.experts.count=20"),
+)
 def experts(
     method: Annotated[str, typer.Option(help="A method that follows experts.")] = "mtt",
-    protocol: str = "image+text_head",
-    preset: Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper.")] = "small",
+    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = (
+        "image+text_head"
+    ),
+    preset: Preset = "small",
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="A Dask scheduler, tcp://host:port.")] = None,
     data: Data = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="such as settings.experts.count=20")
-    ] = None,
+    override: Overrides = None,
 ) -> None:
     """Train the experts of a run ahead of it, several at a time."""
     from mmdd.expert_jobs import train_all
@@ -216,12 +398,13 @@ def experts(
     )
 
 
-@app.command()
-def doctor() -> None:
-    """Tell versions, device, threads, caches, and which presets can run here."""
-    from mmdd.doctor import report
+@app.command(rich_help_panel=SET_UP, epilog=_examples("doctor", "doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """Tell versions, devices, threads, caches, and what each preset still needs."""
+    from mmdd.doctor import examine, report
 
-    typer.echo(report())
+    found = examine()
+    typer.echo(json.dumps(found, indent=1) if as_json else report(found))
 
 
 def _wishes(
@@ -244,33 +427,56 @@ def _assignment(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
+def _told(value: Any) -> str:
+    """A value as a person reads it: a shape as 3 × 32 × 32, numbers and names as they are."""
+    if isinstance(value, list):
+        return " × ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return str(value)
+
+
 def _summary(record: dict[str, Any]) -> str:
+    from mmdd.sets import mean_and_std
+
     means = [student["test"]["mean"] for student in record["students"]]
-    centre = sum(means) / len(means)
-    spread = (sum((m - centre) ** 2 for m in means) / max(1, len(means) - 1)) ** 0.5
+    centre, spread = mean_and_std(means)
     config = record["config"]
     return (
         f"{config['method']} on {record['dataset']['name']}, protocol {record['protocol']}, "
-        f"{config.get('pairs', 'all')} pairs: mean recall {centre:.2f} ± {spread:.2f} "
+        f"{config.get('pairs', 'all')} pairs: mean recall {centre:.2f} ± {spread or 0:.2f} "
         f"({len(means)} students; chance {record['chance']['mean']:.2f}). "
         f"Record {record['run_id']} in sweep {record['sweep']}."
     )
 
 
 def main() -> None:
-    """The entry point: a deliberate error is one line and exit code 2, not a traceback."""
+    """The entry point: a deliberate error is one line and an exit code, not a traceback."""
     from pydantic import ValidationError
 
     try:
-        app()
+        app(prog_name="mmdd")
     except ValidationError as error:
         from mmdd.grid import explain
 
-        typer.echo(f"mmdd: {explain(error)}", err=True)
-        raise SystemExit(2) from error
+        _stop(explain(error), error, 2)
+    except ConfigError as error:
+        _stop(str(error), error, 2)
     except MmddError as error:
-        typer.echo(f"mmdd: {error}", err=True)
-        raise SystemExit(2) from error
+        _stop(str(error), error, 1)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if error.errno is None:
+            raise
+        _stop(str(error), error, 1)
+    except SystemExit as ended:
+        if ended.code == 130:
+            typer.echo("mmdd: interrupted; the same command goes on from what is done.", err=True)
+        raise
+
+
+def _stop(message: str, error: Exception, code: int) -> NoReturn:
+    typer.echo(f"mmdd: {message}", err=True)
+    raise SystemExit(code) from error
 
 
 if __name__ == "__main__":

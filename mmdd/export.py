@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdd.batches import TextTable
+from mmdd.config import RunConfig
+from mmdd.data.open import open_dataset
+from mmdd.encoders import build_model
 from mmdd.errors import ConfigError
 from mmdd.files import atomic_write, atomic_write_text
 from mmdd.synthetic import SyntheticPairs
@@ -30,6 +35,31 @@ def export_tensors(pairs: SyntheticPairs, path: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name the file to write.")
     atomic_write(path, lambda temporary: save_file(_plain(pairs), temporary))
+    return path
+
+
+def export_test_split(config: RunConfig, path: str | Path) -> Path:
+    """The test split that a set is scored on, as plain tensors in one .safetensors file.
+
+    Keys: images (n, 3, H, W) uint8; texts (T, d) float32, the vectors of all captions by the frozen
+    text encoder of `config`; image_of_text (T,) int64, the image that each belongs to. A split of
+    photos holds the photos: it falls under their licence. Raises `ConfigError` where `path` is a
+    folder. Book: book/format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name the file to write.")
+    dataset = open_dataset(config.dataset, config.runtime)
+    model = build_model(config.student or config.model)
+    # Vectors, whatever the protocol: code elsewhere brings no text encoder.
+    table = TextTable(dataset, "test", model, "image+text_head", torch.device("cpu"))
+    images = torch.from_numpy(np.array(dataset.images[dataset.indices("test")]))
+    tensors = {
+        "images": images.permute(0, 3, 1, 2).contiguous(),
+        "texts": table.texts.float().contiguous(),
+        "image_of_text": torch.from_numpy(np.asarray(table.image_of_text, dtype=np.int64)),
+    }
+    atomic_write(path, lambda temporary: save_file(tensors, temporary))
     return path
 
 
@@ -55,14 +85,17 @@ def export_dataset(
 ) -> Path:
     """A folder that Hugging Face `datasets` loads, with a dataset card.
 
-    `load_dataset("imagefolder", data_dir=folder)` gives the pictures with their rows; the exact
-    tensors lie beside them as `pairs.safetensors`. name: the card's title. Raises `ConfigError`
-    where the folder exists and is not empty. Book: book/format.
+    `load_dataset(folder)`, or `load_dataset("imagefolder", data_dir=folder)`, gives for each pair
+    its picture, its text (a vector, or a list of token embeddings with `text_mask`; as float32 the
+    exact numbers) and where it began; the tensors lie beside them as `pairs.safetensors`. name: the
+    card's title. Raises `ConfigError` where the folder exists and is not empty. Book: book/format.
     """
 
     def fill(target: Path) -> None:
         names = _pictures(pairs, target / "train")
-        rows = [{"file_name": file} | _row(pairs, i) for i, file in enumerate(names)]
+        rows = [
+            {"file_name": file} | _row(pairs, i) | _text(pairs, i) for i, file in enumerate(names)
+        ]
         _write_rows(target / "train" / "metadata.jsonl", rows)
         export_tensors(pairs, target / TENSORS)
         atomic_write_text(target / "README.md", dataset_card(pairs, name))
@@ -84,6 +117,8 @@ def dataset_card(pairs: SyntheticPairs, name: str) -> str:
         f"license: {known.get(licence, 'other')}",
         "tags: [dataset-distillation, image-text-retrieval]",
         f"size_categories: [{'n<1K' if len(pairs) < 1000 else '1K<n<10K'}]",
+        # Only the pictures and their table: the tensors beside them are no split.
+        "configs: [{config_name: default, data_files: [{split: train, path: train/**}]}]",
         "---",
         "",
         f"# {name}",
@@ -99,11 +134,14 @@ def dataset_card(pairs: SyntheticPairs, name: str) -> str:
         f"- Licence of the source data: {licence}.",
         f"- Fingerprint of the source data: {about.get('dataset_fingerprint', 'unknown')}.",
         "",
-        "The pictures are clipped and rounded to 8 bits. For training take the tensors:",
+        "The pictures are clipped and rounded to 8 bits; `text` of a row is exact as float32. For",
+        "training take the tensors:",
         "",
         "```python",
+        "from datasets import load_dataset",
         "from safetensors.torch import load_file",
         "",
+        'rows = load_dataset(".", split="train")  # image, text, where the pair began',
         f'pairs = load_file("{TENSORS}")  # images, texts and what else there is',
         "```",
         "",
@@ -138,6 +176,19 @@ def _row(pairs: SyntheticPairs, i: int) -> dict[str, Any]:
         if key in pairs.metadata:
             row[column] = pairs.metadata[key][i]
     return row
+
+
+def _text(pairs: SyntheticPairs, i: int) -> dict[str, Any]:
+    """The text of a pair in the fewest digits that give the same float32 again."""
+    values = pairs.texts[i].detach().cpu().numpy()
+    digits = [float(str(value)) for value in values.reshape(-1)]
+    if values.ndim == 1:
+        return {"text": digits}
+    width = values.shape[1]
+    tokens = [digits[at : at + width] for at in range(0, len(digits), width)]
+    mask = pairs.text_mask
+    counted = [True] * len(tokens) if mask is None else mask[i].tolist()
+    return {"text": tokens, "text_mask": counted}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

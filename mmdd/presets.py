@@ -4,6 +4,7 @@ The two kinds are kept apart. `PAPER` holds what the authors published for their
 `TUNED` holds what was chosen here, on the validation split only, by `sweeps/tune_*.yaml`.
 """
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from mmdd.config import RunConfig
@@ -254,7 +255,9 @@ def preset(name: str, **wishes: Any) -> RunConfig:
     Book: notebooks/run.
     """
     if name not in _BASE:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(_BASE)}.")
+        near = get_close_matches(name, _BASE, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(_BASE)}.{meant}")
     base = _BASE[name]
     if name == "paper" and wishes.get("method") in _PAPER_PAIRS:
         base = base | {"model": {"pair": _PAPER_PAIRS[wishes["method"]]}}
