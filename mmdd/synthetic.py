@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from mmdd.similarity import (
     Similarity,
 )
 
+_Content = tuple[dict[str, Tensor], dict[str, Any]]
 FORMAT = "mmdd.SyntheticPairs"
 VERSION = 1
+# By version: what makes a file's tensors and header those of the next version. Files of an older
+# version stay readable: who raises VERSION adds the step from the one before.
+_MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {}
 _SIMILARITIES = {cls.kind: cls for cls in (IdentitySimilarity, FullSimilarity, LowRankSimilarity)}
 # What a file with a valid checksum but foreign content can make the constructors raise.
 _UNUSABLE = (AttributeError, ConfigError, LookupError, RuntimeError, TypeError, ValueError)
@@ -147,14 +151,16 @@ class SyntheticPairs:
     def load(cls, path: str | Path) -> "SyntheticPairs":
         """Read a file that `save` wrote. Never executes anything from the file.
 
-        Raises `ArtefactError` for a damaged file, another kind of file, or a newer format.
+        A file of an older version is brought to this one in memory, after its checksum was found
+        right. Raises `ArtefactError` for a damaged file, another kind of file, or a newer format.
         """
         tensors, header = load_tensors(Path(path))
         if header.get("format") != FORMAT:
             raise ArtefactError(f"{path} holds {header.get('format')!r}, not a distilled set.")
-        if header.get("version") != VERSION:
+        version = header.get("version")
+        if version != VERSION and version not in list(_MIGRATIONS):  # it may be of any type
             raise ArtefactError(
-                f"{path} has format version {header.get('version')!r}; this mmdd reads version "
+                f"{path} has format version {version!r}; this mmdd reads version "
                 f"{VERSION}: install the mmdd that wrote it, or a newer one."
             )
         if _checksum(tensors, header) != header.get("sha256"):
@@ -162,6 +168,9 @@ class SyntheticPairs:
                 f"{path}: the checksum in the header does not match the content: the file was "
                 "changed or damaged; fetch a fresh copy."
             )
+        while version != VERSION:
+            tensors, header = _MIGRATIONS[version]((tensors, header))
+            version = header["version"]
         try:
             return cls(
                 tensors["images"],

@@ -11,8 +11,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmdd.data.open import open_dataset
+from mmdd.encoders import build_model
 from mmdd.errors import ConfigError
-from mmdd.export import dataset_card, export_dataset, export_folder, export_tensors
+from mmdd.export import (
+    dataset_card,
+    export_dataset,
+    export_folder,
+    export_tensors,
+    export_test_split,
+)
+from mmdd.presets import preset
 from mmdd.similarity import LowRankSimilarity
 from mmdd.synthetic import SyntheticPairs
 
@@ -96,11 +105,21 @@ def test_a_dataset_with_its_card(pairs: SyntheticPairs, tmp_path: Path) -> None:
     assert [row["file_name"] for row in rows] == ["000000.png", "000001.png", "000002.png"]
     for row, image in zip(rows, pairs.images, strict=True):
         check_picture(folder / "train" / row["file_name"], image)
+        # float32 → decimal → float32 loses nothing.
+        assert torch.equal(torch.tensor(row["text"]), pairs.texts[row["pair"]])
+        assert pairs.text_mask is not None
+        assert row["text_mask"] == pairs.text_mask[row["pair"]].tolist()
     check_tensors(folder / "pairs.safetensors", pairs)
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "mit"
     assert front["pretty_name"] == 'A "small" set'
+    # One configuration, one split, of nothing but the pictures and their table.
+    (config,) = front["configs"]
+    assert config["data_files"] == [{"split": "train", "path": "train/**"}]
+    kinds = {path.suffix for path in folder.glob("train/**/*") if path.is_file()}
+    assert kinds == {".png", ".jsonl"}
+    assert all(row.keys() == rows[0].keys() for row in rows)
     for fact in (
         "3 image–text pairs",
         "image 0.25, text_head 0.5",
@@ -131,21 +150,28 @@ def test_nothing_is_overwritten(pairs: SyntheticPairs, tmp_path: Path, export) -
     assert sorted(os.listdir(tmp_path)) == ["file", "set"]
 
 
-def test_a_stock_loop_trains_on_the_tensors(tmp_path: Path) -> None:
-    """Plain PyTorch on an exported file: two linear maps learn which text is whose."""
-    generator = torch.Generator().manual_seed(1)
-    pairs = SyntheticPairs(
-        torch.rand(16, 3, 4, 4, generator=generator), torch.randn(16, 10, generator=generator)
-    )
-    data = load_file(export_tensors(pairs, tmp_path / "x.safetensors"))
-    torch.manual_seed(0)
-    image, text = torch.nn.Linear(48, 8), torch.nn.Linear(10, 8)
-    optimizer = torch.optim.Adam([*image.parameters(), *text.parameters()], lr=0.05)
-    for _ in range(60):
-        z = torch.nn.functional.normalize(image(data["images"].flatten(1)), dim=1)
-        t = torch.nn.functional.normalize(text(data["texts"]), dim=1)
-        loss = torch.nn.functional.cross_entropy(z @ t.T / 0.07, torch.arange(16))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert (z @ t.T).argmax(dim=1).tolist() == list(range(16))
+def test_a_dataset_of_vectors(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    bare = SyntheticPairs(pairs.images, pairs.texts[:, 0])
+    folder = export_dataset(bare, tmp_path / "set")
+    lines = (folder / "train" / "metadata.jsonl").read_text().splitlines()
+    texts = torch.tensor([json.loads(line)["text"] for line in lines])
+    assert torch.equal(texts, bare.texts)
+    assert "text_mask" not in json.loads(lines[0])
+
+
+def test_the_test_split_as_plain_tensors(tmp_path: Path) -> None:
+    """Against what the package itself scores on."""
+    config = preset("tiny", method="random", dataset={"train": 40, "val": 5, "test": 7})
+    found = load_file(export_test_split(config, tmp_path / "test.safetensors"))
+    dataset = open_dataset(config.dataset, config.runtime)
+    captions, owner = dataset.caption_table("test")
+    model = build_model(config.model)
+    with torch.no_grad():
+        vectors = model.text_features(*model.text_encoder.tokenize(captions))
+    assert found["texts"].shape == (len(captions), 64)
+    torch.testing.assert_close(found["texts"], vectors)
+    assert found["image_of_text"].tolist() == list(owner)
+    images = np.array(dataset.images[dataset.indices("test")])
+    assert torch.equal(found["images"], torch.from_numpy(images).permute(0, 3, 1, 2))
+    with pytest.raises(ConfigError, match="is a folder: name the file"):
+        export_test_split(config, tmp_path)

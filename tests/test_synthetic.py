@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mmdd import synthetic
 from mmdd.errors import ArtefactError, ConfigError
 from mmdd.files import save_state, save_tensors
 from mmdd.similarity import (
@@ -263,13 +265,72 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         SyntheticPairs.load(path)
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", None])
+@pytest.mark.parametrize("version", [0, 2, 99, "2", None, [1], {}])
 def test_another_version_is_refused(tmp_path: Path, version: Any) -> None:
     path = tmp_path / "set"
     make().save(path)
     rewrite(path, lambda header: header.update(version=version))
-    with pytest.raises(ArtefactError, match=f"version {version!r}; this mmdd reads version 1"):
+    with pytest.raises(ArtefactError, match=re.escape(f"version {version!r}; this mmdd")):
         SyntheticPairs.load(path)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("name", ["vectors", "tokens"])
+def test_a_file_that_version_1_wrote_stays_readable(name: str) -> None:
+    """Committed files of the format: who changes the format adds files and keeps these."""
+    expected = {
+        "vectors": make("full"),
+        "tokens": make("low_rank", tokens=True, mask=True),
+    }[name]
+    assert_equal(SyntheticPairs.load(GOLDEN / f"set-v1-{name}.safetensors"), expected)
+
+
+def test_an_older_version_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it will be once there is a version 3: a file of version 1 goes through every step."""
+
+    def to_2(content: Any) -> Any:
+        tensors, header = content
+        return tensors, header | {"version": 2, "learning_rates": {"image": 7.0}}
+
+    def to_3(content: Any) -> Any:
+        tensors, header = content
+        assert header["version"] == 2
+        return tensors | {"texts": tensors["texts"] + 1}, header | {"version": 3}
+
+    path = GOLDEN / "set-v1-vectors.safetensors"
+    before = SyntheticPairs.load(path)
+    monkeypatch.setattr(synthetic, "VERSION", 3)
+    monkeypatch.setattr(synthetic, "_MIGRATIONS", {1: to_2, 2: to_3})
+    migrated = SyntheticPairs.load(path)
+    assert migrated.learning_rates == {"image": 7.0}
+    assert torch.equal(migrated.texts, before.texts + 1)
+    assert torch.equal(migrated.images, before.images)
+    # The checksum is that of the old content, and is verified before any step.
+    damaged = tmp_path / "set"
+    damaged.write_bytes(path.read_bytes())
+    rewrite(damaged, lambda header: header["metadata"].update(method="random"))
+    with pytest.raises(ArtefactError, match="checksum"):
+        SyntheticPairs.load(damaged)
+    # A version without a step, and one from the future, are refused by name.
+    for version in (0, 4):
+        rewrite(damaged, lambda header, v=version: header.update(version=v))
+        with pytest.raises(ArtefactError, match=f"version {version}; this mmdd reads version 3"):
+            SyntheticPairs.load(damaged)
+
+
+def test_the_checksum_is_what_the_page_says(tmp_path: Path) -> None:
+    """The code of `book/format.md` that checks a file without mmdd, run as it stands there."""
+    page = (Path(__file__).parents[1] / "book" / "format.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = [block for block in blocks if "hashlib" in block]
+    assert "mmdd.synthetic" not in code
+    path = GOLDEN / "set-v1-tokens.safetensors"
+    scope: dict[str, Any] = {}
+    exec(code.replace("set.safetensors", str(path)), scope)
+    with safe_open(path, framework="pt") as file:
+        assert scope["found"] == json.loads(file.metadata()["mmdd"])["sha256"]
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
