@@ -24,7 +24,7 @@ from mmdd.runs import initial_pairs, make_context
 ROOT = Path(__file__).parents[2]
 CHAPTER = ROOT / "notebooks" / "18_bring_your_own.ipynb"
 SMALL: dict[str, Any] = {
-    "dataset": {"train": 40, "val": 20, "test": 20},
+    "dataset": {"train": 60, "val": 20, "test": 20},
     "evaluation": {"students": 2, "epochs": 1, "scores": 1},
 }
 
@@ -79,7 +79,7 @@ def test_its_loss_is_the_formula_of_the_chapter(protocol: str, registered: dict[
 
     (batch,) = ours.context.real.epoch(500, ours.seed, 0)
     real = joint(batch.images, batch.texts, batch.mask)
-    assert len(real) == 40
+    assert len(real) == 60
     synthetic = joint(ours.set.pixels(), *ours.set.text())
     spread = np.cov(synthetic.T) - np.cov(real.T)
     expected = ((synthetic.mean(0) - real.mean(0)) ** 2).sum()
