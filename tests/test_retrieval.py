@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdd import retrieval
 from mmdd.errors import DataError
 from mmdd.retrieval import chance_recall, recall_at_k
 
@@ -86,6 +87,105 @@ def test_recall_of_a_larger_set_does_not_depend_on_the_chunk() -> None:
     for chunk in (1, 7, 64, 150, 4096):
         ours = recall_at_k(torch.tensor(image), torch.tensor(text), owner, chunk=chunk)
         assert ours == pytest.approx(expected, abs=1e-9)
+
+
+def by_definition(
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray
+) -> dict[tuple[str, int], int]:
+    """The rank of each query's answer: all scores in float64, compared in float32."""
+    with np.errstate(over="ignore", under="ignore"):
+        score = (images.astype(np.float64) @ texts.astype(np.float64).T).astype(np.float32)
+    found = {}
+    for text, image in enumerate(owner.tolist()):
+        rivals = np.delete(score[:, text], image)
+        found["IR", text] = int(np.sum(rivals >= score[image, text]))
+    for image in range(len(images)):
+        own = owner == image
+        found["TR", image] = int(np.sum(score[image, ~own] >= score[image, own].max()))
+    return found
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.sampled_from([1, 2, 3, 11, 40, 90]),
+    d=st.sampled_from([2, 8, 64, 300]),
+    most=st.integers(1, 4),
+    nearness=st.sampled_from([0.0, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2]),
+    scale=st.sampled_from([1.0, 1.0, 1e-25, 1e-12, 1e6, 1e16]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    fast=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_what_almost_ties_is_decided_in_float64(
+    seed: int,
+    images: int,
+    d: int,
+    most: int,
+    nearness: float,
+    scale: float,
+    dtype: torch.dtype,
+    fast: bool,
+) -> None:
+    # Every third picture is, but for `nearness`, the one before, and so is every second text of
+    # a picture: coarse scores cannot tell them apart. Lengths are far from 1, some are 0.
+    image, text, owner = draw(seed, images, d, most)
+    rng = np.random.default_rng(seed)
+    for z in (image, text):
+        z[2::3] = z[1::3][: len(z[2::3])]
+        z += nearness * rng.normal(size=z.shape).astype(np.float32) / math.sqrt(d)
+        z *= scale * rng.choice([0.0, 0.5, 1.0, 1.0, 1.0, 1.0], size=(len(z), 1))
+    z_image, z_text = torch.tensor(image).to(dtype), torch.tensor(text).to(dtype)
+    expected = by_definition(z_image.double().numpy(), z_text.double().numpy(), owner)
+    ks = (1, 2, 3, 5, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_multiplies_bfloat16", lambda: fast)
+        ours = recall_at_k(z_image, z_text, owner, ks=ks)
+    for way in ("IR", "TR"):
+        ranks = np.array([rank for (name, _), rank in expected.items() if name == way])
+        for k in ks:
+            assert ours[f"{way}@{k}"] == pytest.approx(100 * np.mean(ranks < k), abs=1e-9)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_coarse_product_settles_most_queries_and_its_margin_holds(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(retrieval, "_multiplies_bfloat16", lambda: fast)
+    image, text, owner = draw(7, 300, 96, 5)
+    asked: list[int] = []
+    near = retrieval._Tally.near
+
+    def counted(tally: retrieval._Tally, part: torch.Tensor) -> object:
+        asked.append(len(part))
+        return near(tally, part)
+
+    monkeypatch.setattr(retrieval._Tally, "near", counted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the float32 product
+        ours = recall_at_k(torch.tensor(image), torch.tensor(text), owner)
+    expected = by_definition(image, text, owner)
+    ranks = np.array([rank for (way, _), rank in expected.items() if way == "IR"])
+    assert ours["IR@1"] == pytest.approx(100 * np.mean(ranks < 1), abs=1e-9)
+    assert sum(asked) < (0.3 if fast else 0.02) * (300 + len(text))
+    assert sum(asked) > 0 or not fast
+    # The error of every coarse score is within the margin, and not far within it for bfloat16.
+    dtype = torch.bfloat16 if fast else torch.float32
+    parts = [retrieval._Rounded.of(torch.tensor(z), dtype) for z in (image, text)]
+    margin = parts[0].margin(parts[1]).double()
+    exact = torch.tensor(image).double() @ torch.tensor(text).double().T
+    coarse = parts[0].values.double() @ parts[1].values.double().T
+    error = (coarse - exact).abs().amax(dim=1)
+    assert (error <= margin).all()
+    assert margin.max() < (0.005 if fast else 5e-5)
+
+
+def test_a_lower_float32_precision_changes_no_score() -> None:
+    image, text, owner = draw(8, 120, 64, 5)
+    expected = recall_at_k(torch.tensor(image), torch.tensor(text), owner)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert recall_at_k(torch.tensor(image), torch.tensor(text), owner) == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_order_of_texts_and_images_does_not_matter() -> None:
