@@ -69,6 +69,7 @@ class EvaluationConfig(BaseModel):
 class SplitScorer:
     """Scores models on one split; whatever does not depend on the student is computed once.
 
+    block: images or texts that go through an encoder at a time; it changes no score.
     Book: notebooks/02_encoders_and_evaluation.
     """
 
@@ -79,9 +80,11 @@ class SplitScorer:
         model: DualEncoder,
         protocol: Protocol,
         device: torch.device,
-        block: int = 500,
+        block: int | None = None,
     ) -> None:
-        self.table = TextTable(dataset, split, model, protocol, device)
+        if block is None:  # on a CPU the activations of a block should stay in its cache
+            block = 125 if device.type == "cpu" else 500
+        self.table = TextTable(dataset, split, model, protocol, device, block)
         self.images = dataset.images[dataset.indices(split)]
         self.device, self.block = device, block
         self._image_features: list[Tensor] | None = None
