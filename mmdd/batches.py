@@ -159,9 +159,13 @@ class SetBatches:
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One pass over the set in a seeded order."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
-        for rows in torch.from_numpy(order).to(self.device).split(batch_size):
+        for rows in self.rows(batch_size, seed, epoch):
             yield self.take(rows)
+
+    def rows(self, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+        """The indices of the batches of `epoch`, without their pairs."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        return torch.from_numpy(order).to(self.device).split(batch_size)
 
 
 def real_pairs(

@@ -5,7 +5,7 @@ scores seen on the way is recorded beside it, only to show how much that would i
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from mmdd import losses
 from mmdd.batches import (
-    Batch,
     RealBatches,
     SetBatches,
     TextTable,
@@ -129,46 +128,29 @@ def train_student(
     *,
     device: torch.device,
     after_epoch: Callable[[int], None] | None = None,
+    features: "FrozenFeatures | None" = None,
 ) -> DualEncoder:
     """Train `model` in place on real or distilled pairs; returns it.
 
     seed: order of the batches (the projections must already be drawn). after_epoch is called with
-    the number of finished epochs. Batch-norm layers keep their running statistics. Raises
-    `NonFiniteError` when the loss stops being finite. Book: notebooks/02_encoders_and_evaluation.
+    the number of finished epochs. features: under `heads`, those that students share; computed
+    here if not given. Batch-norm layers keep their running statistics. Raises `NonFiniteError`
+    when the loss stops being finite. Book: notebooks/02_encoders_and_evaluation.
     """
-    pairs = source.pairs if isinstance(source, SetBatches) else None
-    learned = pairs.learning_rates if pairs is not None and config.use_learned_rates else {}
-    rates = component_rates(config.lr_image, config.lr_text, config.lr_heads, learned)
+    rates = _rates(source, config)
     trained = freeze_all_but(model, protocol)
-    optimiser = torch.optim.SGD(
-        parameter_groups(trained, rates),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(
-        optimiser, milestones=[max(1, config.epochs // 2)], gamma=0.1
-    )
+    optimiser, schedule = _optimiser(trained, rates, config)
     model.train()
-    features = _FrozenFeatures(source, model, device) if protocol == "heads" else None
+    if protocol != "heads":
+        features = None
+    elif features is None:
+        features = FrozenFeatures(source, model, device)
     for epoch in range(config.epochs):
-        for batch in source.epoch(config.batch_size, seed, epoch):
-            if len(batch.images) < 2:
-                continue  # one pair alone has nothing to be told from
-            if features is None:
-                z_image, z_text = model(batch.images, batch.texts, batch.mask)
-            else:
-                z_image, z_text = features.project(batch)
-            similarity = None
-            if pairs is not None and pairs.similarity is not None:
-                similarity = pairs.similarity.matrix(batch.index).detach()
+        for z_image, z_text, index in _embedded(source, model, features, config, seed, epoch):
             loss = losses.contrastive_loss(
-                config.loss, z_image, z_text, config.temperature, similarity
+                config.loss, z_image, z_text, config.temperature, _similarity(source, index)
             )
-            if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"student {seed}: the loss is {loss.item()} in epoch {epoch + 1}: "
-                    f"lower the learning rates ({_listed(rates, trained)})."
-                )
+            _require_finite(loss, seed, epoch, rates, trained)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -178,39 +160,116 @@ def train_student(
     return model
 
 
+def _rates(source: RealBatches | SetBatches, config: EvaluationConfig) -> dict[Component, float]:
+    learned: Mapping[str, float] = {}
+    if isinstance(source, SetBatches) and config.use_learned_rates:
+        learned = source.pairs.learning_rates
+    return component_rates(config.lr_image, config.lr_text, config.lr_heads, learned)
+
+
+def _optimiser(
+    trained: dict[str, nn.Parameter], rates: Mapping[Component, float], config: EvaluationConfig
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.MultiStepLR]:
+    optimiser = torch.optim.SGD(
+        parameter_groups(trained, rates),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(
+        optimiser, milestones=[max(1, config.epochs // 2)], gamma=0.1
+    )
+    return optimiser, schedule
+
+
+def _similarity(source: RealBatches | SetBatches, index: Tensor) -> Tensor | None:
+    """The distilled targets of a batch; None where a pair is like itself alone."""
+    if isinstance(source, RealBatches) or source.pairs.similarity is None:
+        return None
+    return source.pairs.similarity.matrix(index).detach()
+
+
+def _require_finite(
+    loss: Tensor,
+    seed: int,
+    epoch: int,
+    rates: Mapping[Component, float],
+    trained: dict[str, nn.Parameter],
+) -> None:
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"student {seed}: the loss is {loss.item()} in epoch {epoch + 1}: "
+            f"lower the learning rates ({_listed(rates, trained)})."
+        )
+
+
 def _listed(rates: Mapping[Component, float], trained: dict[str, nn.Parameter]) -> str:
     return ", ".join(f"{part} {rates[part]:.3g}" for part in by_component(trained))
 
 
-class _FrozenFeatures:
-    """Under `heads` no encoder changes, so a distilled set's features are computed once."""
+def _embedded(
+    source: RealBatches | SetBatches,
+    model: DualEncoder,
+    features: "FrozenFeatures | None",
+    config: EvaluationConfig,
+    seed: int,
+    epoch: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An epoch's batches as the model sees them now: (m, d) of images, of texts, and the rows."""
+    if features is not None:
+        for h_image, h_text, index in features.batches(config.batch_size, seed, epoch):
+            z_image = F.normalize(model.image_head(h_image), dim=-1)
+            yield z_image, F.normalize(model.text_head(h_text), dim=-1), index
+        return
+    for batch in source.epoch(config.batch_size, seed, epoch):
+        if len(batch.images) > 1:  # one pair alone has nothing to be told from
+            z_image, z_text = model(batch.images, batch.texts, batch.mask)
+            yield z_image, z_text, batch.index
+
+
+class FrozenFeatures:
+    """Under `heads` no encoder changes: features are computed once, and batches hold no image.
+
+    Students with the same encoders may share them. Book: notebooks/02_encoders_and_evaluation.
+    """
 
     def __init__(
         self, source: RealBatches | SetBatches, model: DualEncoder, device: torch.device
     ) -> None:
-        self.model = model
-        self.image: Tensor | None = None
-        if isinstance(source, SetBatches):
-            with torch.no_grad():
+        self.model, self.source = model, source
+        with torch.no_grad():
+            if isinstance(source, SetBatches):
                 self.image = model.image_features(source.pairs.images)
-        else:
+                return
             members = source.dataset.indices(source.split)
             self._row = torch.full((len(source.dataset),), -1, dtype=torch.int64)
             self._row[torch.from_numpy(members)] = torch.arange(len(members))
-            with torch.no_grad():
-                self.image = torch.cat(
-                    [
-                        model.image_features(pixels(source.dataset.images[part], device))
-                        for part in np.array_split(members, max(1, len(members) // 500))
-                    ]
-                )
-        self.real = isinstance(source, RealBatches)
+            self.image = torch.cat(
+                [
+                    model.image_features(pixels(source.dataset.images[part], device))
+                    for part in np.array_split(members, max(1, len(members) // 500))
+                ]
+            )
 
-    def project(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert self.image is not None
-        rows = self._row[batch.index].to(self.image.device) if self.real else batch.index
-        z_image = F.normalize(self.model.image_head(self.image[rows]), dim=-1)
-        return z_image, self.model.embed_texts(batch.texts, batch.mask)
+    def batches(
+        self, batch_size: int, seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of `source.epoch` as features (m, d_v) and (m, d_l), and their index (m,)."""
+        source = self.source
+        if isinstance(source, SetBatches):
+            for index in source.rows(batch_size, seed, epoch):
+                if len(index) > 1:
+                    mask = source.pairs.text_mask
+                    mask = None if mask is None else mask[index]
+                    with torch.no_grad():
+                        h_text = self.model.text_features(source.pairs.texts[index], mask)
+                    yield self.image[index], h_text, index
+            return
+        for images, choice in source.dataset.batches(source.split, batch_size, seed, epoch):
+            if len(images) > 1:
+                index = torch.from_numpy(images)
+                rows = torch.from_numpy(source.table.rows(images, choice))
+                place = self._row[index].to(self.image.device)
+                yield self.image[place], source.table.texts[rows.to(self.image.device)], index
 
 
 def evaluate(
@@ -262,6 +321,9 @@ def evaluate(
     bar = tqdm(
         total=len(seeds) * config.epochs, desc="students", unit="epoch", disable=not progress
     )
+    # No student changes an encoder under `heads`: they share what those say of the set.
+    reference.train()  # as they are when they are trained
+    features = FrozenFeatures(source, reference, device) if protocol == "heads" else None
     for seed in seeds:
         model = make_model(seed).to(device)
         curve: list[tuple[int, dict[str, float]]] = []
@@ -280,7 +342,16 @@ def evaluate(
         # Dropout, where a model has it, draws from the global generator.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            train_student(source, model, protocol, config, seed, device=device, after_epoch=look)
+            train_student(
+                source,
+                model,
+                protocol,
+                config,
+                seed,
+                device=device,
+                after_epoch=look,
+                features=features,
+            )
         seconds = time.perf_counter() - begin - scoring
         best_epoch, best = max(curve, key=lambda point: point[1]["mean"])
         result = {

@@ -387,6 +387,38 @@ def test_the_reported_score_is_the_last(
     assert any(r["best_on_test"]["mean"] > r["test"]["mean"] for r in results)
 
 
+@pytest.mark.parametrize("real", [False, True])
+def test_students_of_heads_share_what_the_encoders_say(
+    scenes: PairDataset,
+    make_set: MakeSet,
+    make_model: Callable[[int], DualEncoder],
+    monkeypatch: pytest.MonkeyPatch,
+    real: bool,
+) -> None:
+    passes: list[int] = []
+    image_features = DualEncoder.image_features
+
+    def counted(model: DualEncoder, images: Tensor) -> Tensor:
+        passes.append(len(images))
+        return image_features(model, images)
+
+    monkeypatch.setattr(DualEncoder, "image_features", counted)
+    pairs = make_set("heads", pairs=20)
+    train_on = scenes if real else pairs
+    results = evaluate(train_on, scenes, make_model, "heads", config(students=3), progress=False)
+    assert sum(passes) == 20 + 20 + (60 if real else 20)  # val, test, and the set, once each
+    for result in results:  # the same students, each by itself
+        seed = result["student_seed"]
+        model = make_model(seed)
+        source = (
+            RealBatches(scenes, "train", model, "heads", CPU) if real else SetBatches(pairs, CPU)
+        )
+        student = train_student(source, model, "heads", config(students=3), seed, device=CPU)
+        for split, name in (("test", "test"), ("val", "validation")):
+            scorer = SplitScorer(scenes, split, make_model(0), "heads", CPU)
+            assert scorer.score(student) == result[name]
+
+
 def test_the_number_of_looks_changes_no_score(
     scenes: PairDataset, make_set: MakeSet, make_model: Callable[[int], DualEncoder]
 ) -> None:
