@@ -144,7 +144,7 @@ def _coarse_type(images: Tensor, texts: Tensor) -> torch.dtype | None:
 
 def _multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 itself, several times as fast as float32."""
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(told.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
