@@ -8,13 +8,17 @@
 3. Progress bars that were displayed as widgets are dropped from the pages.
 4. Inline scripts that the extensions of jupyter-book register twice are kept once: a second
    `const` of the same name is an error in the browser.
-5. MathJax is copied beside the pages when the package sphinx-mathjax-offline is installed, so the
+5. A figure that a cell drew gets its caption, the paragraph "**Figure.** …" below the cell, as
+   alternative text; a figure without such a caption, or an `alt` of its own in the cell's metadata,
+   is a warning. Its width in pixels goes along, so that a phone does not shrink it beyond reading.
+6. MathJax is copied beside the pages when the package sphinx-mathjax-offline is installed, so the
    book reads without a network; without that package it is fetched from its CDN.
 """
 
 import ast
 import hashlib
 import importlib.util
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -24,6 +28,7 @@ from docutils.parsers.rst import states
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util import logging
+from sphinx.util.images import get_image_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", key_execution_cache)
     app.connect("config-inited", use_local_mathjax)
     app.connect("doctree-read", drop_widgets)
+    app.connect("doctree-read", describe_figures)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)  # after all others
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -139,6 +145,50 @@ def drop_widgets(app: Sphinx, doctree: nodes.document) -> None:
             for child in bundle.children
         ):
             bundle.parent.remove(bundle)
+
+
+def alternative_text(caption: str) -> str:
+    """What a figure's caption says of the figure: without its label and how to reproduce it."""
+    text = re.sub(r"^Figure(\s+\d+)?\.?\s*", "", " ".join(caption.split()))
+    return re.split(r"\s*Reproduce\b", text)[0]
+
+
+def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
+    """Alternative text and natural width for every image in the output of a cell."""
+    paragraphs = list(doctree.findall(nodes.paragraph))
+    order = {id(node): place for place, node in enumerate(doctree.findall())}
+    for bundle in doctree.findall(nodes.container):
+        if bundle.get("nb_element") != "mime_bundle":
+            continue
+        for image in list(bundle.findall(nodes.image)):
+            place = order[id(image)]
+            below = (p for p in paragraphs if order[id(p)] > place and not _in_output(p))
+            caption = next(below, nodes.paragraph()).astext()
+            if "alt" not in image and caption.startswith("Figure"):
+                image["alt"] = alternative_text(caption)
+            if not image.get("alt"):
+                logger.warning(
+                    "a figure has no caption below its cell (**Figure.** ...), and so nothing for "
+                    "a reader who cannot see it",
+                    location=image,
+                )
+            size = get_image_size(Path(app.srcdir) / image["uri"])
+            if size:
+                box = f'<div class="figure-box" style="--natural-width: {size[0]}px">'
+                place_in_parent = image.parent.index(image)
+                image.parent.insert(place_in_parent + 1, nodes.raw("", "</div>", format="html"))
+                image.parent.insert(place_in_parent, nodes.raw("", box, format="html"))
+
+
+def _in_output(node: nodes.Node | None) -> bool:
+    while node is not None:
+        if isinstance(node, nodes.Element) and node.get("nb_element") in (
+            "cell_code_output",
+            "mime_bundle",
+        ):
+            return True
+        node = node.parent
+    return False
 
 
 def drop_repeated_scripts(
