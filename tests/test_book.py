@@ -24,10 +24,13 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
+
+from tools.draw_result import description, landing_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_BOOK = ROOT / "_build" / "html"
@@ -471,6 +474,37 @@ def test_the_front_door_leads_to_the_first_page(
     browser.get(f"{address}/index.html")
     assert browser.current_url.endswith("/book/intro.html")
     assert "Distilling" in browser.title
+
+
+@pytest.mark.browser
+def test_the_landing_page_says_it_all_on_one_screen(
+    browser: webdriver.Chrome, site: Path, address: str
+) -> None:
+    show(browser, f"{address}/book/intro.html", DESKTOP)
+    bottoms = browser.execute_script(
+        """
+        return ["article h1", "article h1 + p", "#landing img", ".landing-ways .sd-card"].map(
+          s => Math.max(...[...document.querySelectorAll(s)].map(
+            e => e.getBoundingClientRect().bottom)));
+        """
+    )
+    assert all(0 < bottom <= DESKTOP[1] for bottom in bottoms), bottoms
+    ways = browser.find_elements(By.CSS_SELECTOR, ".landing-ways .sd-card a")
+    assert [urlsplit(way.get_attribute("href") or "").path for way in ways] == [
+        "/notebooks/00_start.html",
+        "/notebooks/run.html",
+        "/book/architecture.html",
+    ]
+
+
+def test_the_numbers_of_the_landing_page_are_the_records() -> None:
+    picture = Image.open(ROOT / "book" / "landing.png")
+    scores = landing_scores()
+    assert picture.info["Description"] == description(scores), "python tools/draw_result.py"
+    page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    alternative = re.search(r":alt: (Fifty.*)", page)
+    assert alternative is not None
+    assert re.findall(r"\d+\.\d", alternative[1]) == [f"{m:.1f}" for m, _ in scores.values()]
 
 
 # ---------------------------------------------------------------- the Sphinx extension

@@ -22,6 +22,7 @@ from packaging.version import Version
 
 import mmdd
 from tools.check_book import problems, toc_entries
+from tools.draw_architecture import PICTURE, STAGES, imported, imports_between_stages, svg
 from tools.lock import portable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,6 +225,70 @@ def test_the_citation_has_what_the_format_requires():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     for reference in citation["references"]:
         assert {"type", "title", "authors"} <= set(reference)
+
+
+# --- what the pages say of the files ------------------------------------------------------------
+
+
+def test_every_file_of_data_has_a_licence():
+    page = (ROOT / "book" / "data_and_licences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(data/[^`]+)` \| ([^|]+) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    listed = [file for file, _, _ in rows]
+    assert len(set(listed)) == len(listed)
+    assert sorted(listed) == sorted(name for name in tracked() if name.startswith("data/"))
+    assert {licence.strip() for _, _, licence in rows} == {"MIT", "BSD-2-Clause"}
+    others = {file for file, holder, _ in rows if holder.strip() != "the project"}
+    notice = (ROOT / "data/pretrained/LICENSE.cifar_resnet20").read_text(encoding="utf-8")
+    assert "Yerlan Idelbayev" in notice
+    assert others == {n for n in tracked() if n.startswith("data/") and "cifar_resnet20" in n}
+
+
+def test_the_picture_of_the_architecture_is_the_codes():
+    counts = imports_between_stages()
+    assert PICTURE.read_text(encoding="utf-8") == svg(counts), "python tools/draw_architecture.py"
+    order = list(STAGES)
+    backwards = {pair for pair in counts if order.index(pair[0]) > order.index(pair[1])}
+    assert backwards == {("Readers of records", "Runs")}, "the page names the exceptions"
+
+
+def test_the_search_for_imports_finds_those_that_run():
+    source = """
+import mmdd.losses
+from mmdd import plots
+from mmdd.data.pairs import PairDataset
+if TYPE_CHECKING:
+    from mmdd.config import RunConfig
+def f():
+    from mmdd.runs import run
+import torch
+"""
+    assert imported(source) == {"losses", "plots", "data", "runs"}
+
+
+def test_a_module_without_a_stage_is_named(tmp_path):
+    (tmp_path / "novelty.py").write_text("")
+    with pytest.raises(SystemExit, match=r"without a stage \['novelty'\]"):
+        imports_between_stages(tmp_path)
+
+
+def test_issue_forms_are_what_the_host_reads():
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    forms = [path for path in folder.glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= set(form), path.name
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids)
+        for field in form["body"]:
+            assert field["type"] in {"input", "textarea", "checkboxes", "dropdown"}
+            assert field["attributes"]["label"]
+
+
+def test_the_changelog_knows_the_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (Unreleased|\d+\.\d+\.\d+)", text, flags=re.MULTILINE)
+    assert versions[0] == "Unreleased" or versions[0] == mmdd.__version__
 
 
 # --- what is tracked --------------------------------------------------------------------------
