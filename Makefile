@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help book test lint lock pretrained sweep bench lab clean
+.PHONY: help book pdf test lint lock pretrained sweep bench lab clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,9 @@ $(STAMP): requirements.lock pyproject.toml
 book: $(STAMP)  ## build the book into _build/html; warnings are errors
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	$(BIN)/python tools/check_book.py
+
+pdf: $(STAMP)  ## print the built book into _build/mmdd.pdf (needs Chromium, no LaTeX)
+	$(BIN)/python tools/print_book.py
 
 test: $(STAMP)  ## run all tests, and the cheap chapters cell by cell
 	$(BIN)/python -m pytest -q

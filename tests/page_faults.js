@@ -26,6 +26,8 @@ for (const img of document.images) {
 for (const img of document.querySelectorAll(".cell_output img"))
   if (img.naturalWidth && img.width < Math.min(figureScale, 1) * img.naturalWidth - 1)
     say("legible", `figure of ${img.naturalWidth} px shown at ${img.width} px: ${img.src}`);
+for (const img of document.querySelectorAll("article figure > img"))  // drawings, 12 px type at 560
+  if (img.naturalWidth && img.width < 560) say("legible", `${img.width} px wide: ${img.src}`);
 for (const formula of document.querySelectorAll("article .math"))
   if (!formula.querySelector("mjx-container")) say("math", `not typeset: ${formula.textContent}`);
 for (const error of document.querySelectorAll("mjx-merror")) say("math", error.textContent);
