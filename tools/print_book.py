@@ -30,7 +30,7 @@ READY = """
     const done = arguments[arguments.length - 1];
     document.documentElement.dataset.theme = document.documentElement.dataset.mode = "light";
     document.querySelectorAll("img").forEach(img => { img.loading = "eager"; });
-    document.querySelectorAll("article details").forEach(folded => { folded.open = true; });
+    document.querySelectorAll("details.claim").forEach(folded => { folded.open = true; });
     const images = [...document.images].map(img => img.decode().catch(() => {}));
     const math = window.MathJax?.startup?.promise ?? Promise.resolve();
     Promise.all([...images, math]).then(() => done(document.querySelector("h1")?.innerText ?? ""));
@@ -73,7 +73,7 @@ def print_pages(html: Path, entries: list[str], output: Path) -> int:
             first = len(writer.pages)
             for page in PdfReader(io.BytesIO(base64.b64decode(printed))).pages:
                 writer.add_page(page)
-            writer.add_outline_item(title, first)
+            writer.add_outline_item(title=title, page_number=first)
             print(f"{entry}: {len(writer.pages) - first} sheets", flush=True)
     finally:
         browser.quit()
