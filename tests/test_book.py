@@ -25,12 +25,14 @@ import nbformat
 import pytest
 import yaml
 from PIL import Image
+from pypdf import PdfReader
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tools.draw_result import description, landing_scores
+from tools.print_book import print_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_BOOK = ROOT / "_build" / "html"
@@ -180,6 +182,17 @@ def test_every_chapter_of_the_contents_has_its_page(site: Path) -> None:
     names = {page.relative_to(site).with_suffix("").as_posix() for page in pages(site)}
     assert set(toc_files(toc)) <= names
     assert "index" in names
+
+
+def test_every_chapter_opens_on_colab_and_binder(site: Path) -> None:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    where = config["repository"]["url"].removeprefix("https://github.com/")
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        links = parsed(site / "notebooks" / f"{notebook.stem}.html").links
+        name = f"notebooks/{notebook.name}"
+        assert f"https://colab.research.google.com/github/{where}/blob/main/{name}" in links
+        binder = f"https://mybinder.org/v2/gh/{where}/main?urlpath=lab/tree/{name}"
+        assert binder in links, [link for link in links if "binder" in link]
 
 
 def test_every_internal_link_resolves(site: Path) -> None:
@@ -350,8 +363,10 @@ def largest_paint(browser: webdriver.Chrome) -> float:
     )
 
 
+# The small book stands in for the whole one where that was not built.
 @pytest.mark.browser
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("site", SITES[-1:], indirect=True)
 def test_every_page_is_sound_on_phone_tablet_and_desktop_in_both_themes(
     browser: webdriver.Chrome, site: Path, address: str
 ) -> None:
@@ -465,6 +480,16 @@ def test_formulas_are_typeset_without_a_network(
     failed = browser.execute_script("return document.querySelectorAll('mjx-merror').length")
     assert typeset > 50
     assert failed == 0
+
+
+@pytest.mark.browser
+def test_pages_are_printed_into_one_file_with_bookmarks(site: Path, tmp_path: Path) -> None:
+    output = tmp_path / "some.pdf"
+    sheets = print_pages(site, ["book/intro", "book/notation"], output)
+    printed = PdfReader(output)
+    assert len(printed.pages) == sheets >= 2
+    assert [mark.title for mark in printed.outline] == ["Distilling image–text data", "Notation"]
+    assert "Fifty learned pairs" in " ".join(printed.pages[0].extract_text().split())
 
 
 @pytest.mark.browser

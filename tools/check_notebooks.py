@@ -73,15 +73,19 @@ def check(path: Path, folder: Path) -> tuple[list[str], int]:
     notebook = nbformat.read(out, as_version=4)
     faults = [f"warning: {line}" for line in warnings_in(notebook)]
     marked = mark_deterministic(notebook)
-    # nbval executes a notebook where it lies: beside the chapters, for their relative paths.
-    beside = path.with_name(f".checked_{path.name}")
-    try:
-        nbformat.write(notebook, beside)
-        command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--no-header", "-rN"]
-        command += ["--nbval-cell-timeout=600", "--timeout=0", "-p", "no:cacheprovider"]
-        done = subprocess.run([*command, beside], cwd=ROOT, capture_output=True, text=True)
-    finally:
-        beside.unlink(missing_ok=True)
+    # nbval executes a notebook where it lies; a folder of links beside it serves relative paths.
+    lies = folder / path.stem / path.parent.name
+    lies.mkdir(parents=True)
+    for entry in ROOT.iterdir():
+        if entry.name not in (path.parent.name, "_build", ".git"):
+            (lies.parent / entry.name).symlink_to(entry)
+    nbformat.write(notebook, lies / path.name)
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--no-header", "-rN"]
+    command += ["--nbval-cell-timeout=600", "--timeout=0", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(lies), "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, lies / path.name], cwd=lies, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         faults.append(f"nbval:\n{done.stdout}{done.stderr}")
     return faults, marked

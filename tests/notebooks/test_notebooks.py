@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mmdd.store import ResultsStore
+from tools.check_notebooks import TINY, mark_deterministic, warnings_in
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
@@ -61,6 +62,60 @@ def test_nothing_of_the_machine_is_in_a_notebook(path: Path) -> None:
     assert str(Path.home()) + "/" not in text
     assert str(ROOT) not in text
     assert "widgets" not in load(path).metadata
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=lambda p: p.stem)
+def test_a_notebook_opens_with_what_it_takes_and_needs(path: Path) -> None:
+    if path.stem == "status":  # about the build, and executed by it alone
+        return
+    opening = load(path).cells[0].source
+    assert re.search(r"\b(second|minute|hour)s?\b", opening), "say how long it takes"
+    assert re.search(r"\bneeds? nothing\b|\bneeds? (the|only|no|a|an)\b", opening, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_sets_itself_up_on_colab(path: Path) -> None:
+    """The same first code cell everywhere; tools/check_setup.py executes it for real."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    cell = next(cell for cell in load(path).cells if cell.cell_type == "code")
+    expected = next(c for c in load(FOLDER / "00_start.ipynb").cells if c.cell_type == "code")
+    assert cell.source == expected.source, "copy the first code cell of 00_start"
+    assert cell.id == "setup"
+    assert cell.metadata.tags == ["remove-cell"], "the page of the book does not show it"
+    assert 'if "google.colab" in sys.modules' in cell.source
+    assert f"git clone -q --depth 1 {config['repository']['url']} " in cell.source
+
+
+def test_binder_installs_the_package_as_make_does() -> None:
+    install = "-m pip install --disable-pip-version-check --no-deps --no-build-isolation -e ."
+    assert install in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"python {install}" in (ROOT / "postBuild").read_text(encoding="utf-8")
+    assert (ROOT / "postBuild").stat().st_mode & 0o100
+
+
+def test_tiny_parameters_are_parameters_of_their_notebooks() -> None:
+    for name, parameters in TINY.items():
+        cells = load(FOLDER / f"{name}.ipynb").cells
+        (cell,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+        for parameter in parameters:
+            assert re.search(rf"^{parameter} = ", cell.source, re.MULTILINE), (name, parameter)
+
+
+def test_warnings_in_outputs_are_found_and_clocks_are_not_compared() -> None:
+    def cell(source: str, text: str) -> Any:
+        output = nbformat.v4.new_output("stream", name="stderr", text=text)
+        return nbformat.v4.new_code_cell(source, outputs=[output])
+
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            cell("f()", "a.py:3: FutureWarning: old\n  f()"),
+            cell("perf_counter()", "0.3"),
+            nbformat.v4.new_code_cell("x = 1"),
+        ]
+    )
+    assert warnings_in(notebook) == ["a.py:3: FutureWarning: old"]
+    assert mark_deterministic(notebook) == 1
+    assert ["tags" in c.metadata for c in notebook.cells] == [True, False, False]
 
 
 def execute(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
