@@ -10,10 +10,10 @@ const seen = e => e.checkVisibility({ opacityProperty: true, visibilityProperty:
 const scrolls = e => e && e !== root && e !== document.body
   && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
 
-// Colours as they end up, not on their way from one theme to the other.
+// Colours as they end up, not on their way from one theme to the other, or to being unfolded.
 if (!document.getElementById("still"))
   document.head.insertAdjacentHTML("beforeend",
-    '<style id="still">*, ::before, ::after { transition: none !important }</style>');
+    '<style id="still">*, ::before, ::after { transition: none !important; animation: none !important }</style>');
 // What is folded away is a part of the page too.
 for (const folded of document.querySelectorAll("article details")) folded.open = true;
 

@@ -187,7 +187,7 @@ def test_every_chapter_of_the_contents_has_its_page(site: Path) -> None:
 def test_every_chapter_opens_on_colab_and_binder(site: Path) -> None:
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     where = config["repository"]["url"].removeprefix("https://github.com/")
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "notebooks").glob("[!.]*.ipynb")):
         links = parsed(site / "notebooks" / f"{notebook.stem}.html").links
         name = f"notebooks/{notebook.name}"
         assert f"https://colab.research.google.com/github/{where}/blob/main/{name}" in links
