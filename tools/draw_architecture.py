@@ -30,7 +30,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("rows", "tables", "costs", "variance", "significance", "ablations", "targets"),
         *("storage", "published", "claims"),
     ),
-    "Figures and files": ("plots", "gallery", "export"),
+    "Figures and files": ("plots", "gallery", "sets", "export"),
     "Command line": ("doctor", "__main__"),
 }
 SAYS = {
