@@ -2,26 +2,34 @@
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializeAsAny,
     ValidationError,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
+from mmdd.combinations import contradictions
 from mmdd.distill import METHODS, Method
 from mmdd.distill.loop import Precision
 from mmdd.encoders import ModelConfig, code_behind, weights_identity
+from mmdd.encoders.pairs import PAIRS
 from mmdd.errors import ConfigError
 from mmdd.evaluation import EvaluationConfig
+from mmdd.mistakes import fault, faults, not_finite, refuse, suggestion
 from mmdd.protocols import Protocol
 from mmdd.provenance import source_hash
 from mmdd.selection import SELECTORS, SelectionConfig
 from mmdd.selection.noise import noise_like
+
+# Generators of torch take no more, once a run has added its own offsets.
+MAX_SEED = 2**62
 
 
 class DatasetConfig(BaseModel):
@@ -38,7 +46,7 @@ class DatasetConfig(BaseModel):
     name: str = "scenes"
     reader: Literal["scenes", "karpathy", "coco", "flickr8k"] = "scenes"
     size: int = Field(default=32, ge=8)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     train: int | None = Field(default=None, ge=2)
     val: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
@@ -75,7 +83,10 @@ class RunConfig(BaseModel):
     group that the record is filed under; it and `runtime` are not part of the run's identity.
     precision: of the distillation's forward passes; bfloat16 is meant for a GPU. Students are
     trained with the loss that the set was distilled with, where the method's settings name one and
-    `evaluation` does not. Unknown keys are refused.
+    `evaluation` does not.
+
+    Unknown keys, impossible values and contradictions are refused by one `ValidationError`, which
+    names the path of each and, where a name is misspelt, the nearest that there is.
 
     Book: notebooks/run.
     """
@@ -85,7 +96,7 @@ class RunConfig(BaseModel):
     method: str = "covmatch"
     pairs: int = Field(default=100, ge=1)
     protocol: Protocol = "both"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     init: str = "random"
     precision: Precision = "float32"
     dataset: DatasetConfig = DatasetConfig()
@@ -97,30 +108,25 @@ class RunConfig(BaseModel):
     sweep: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runtime: RuntimeConfig = RuntimeConfig()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        method = values.get("method", "covmatch")
-        known = [*METHODS, *SELECTORS, "full"]
-        if method not in known:
-            raise ValueError(f"method {method!r} is unknown; known: {', '.join(known)}")
-        starts = [*SELECTORS, "noise"]
-        if values.get("init", "random") not in starts:
-            raise ValueError(f"init {values['init']!r} is unknown; known: {', '.join(starts)}")
-        settings = values.get("settings")
-        if method in METHODS:
-            kind = METHODS[method].config
-            if not isinstance(settings, kind):
-                dumped = settings.model_dump() if isinstance(settings, BaseModel) else settings
-                settings = values["settings"] = kind.model_validate(dumped or {})
-            if hasattr(settings, "loss"):
-                values["evaluation"] = _with_loss(values.get("evaluation"), settings.loss)
-        elif settings:
-            raise ValueError(f"method {method!r} has no settings, but some were given")
-        return values
+    def _all_faults(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Every fault at once, each at its whole path and with what was probably meant."""
+        found: list[InitErrorDetails] = []
+        if isinstance(values, dict):
+            values, found = _filled_in(values)
+        try:
+            made = handler(values)
+        except ValidationError as error:
+            found += faults(cls, error)
+        refuse(cls, found)
+        found += not_finite(made.model_dump())
+        for part in ("model", "student"):
+            model: ModelConfig | None = getattr(made, part)
+            if model is not None and model.pair not in PAIRS:
+                found.append(_unknown((part, "pair"), "encoder pair", model.pair, list(PAIRS)))
+        refuse(cls, [*found, *contradictions(made)])
+        return made
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON values."""
@@ -176,13 +182,50 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _filled_in(values: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+    """The values with the method's settings validated, and what is wrong with those and names."""
+    values, found = dict(values), []
+    known, starts = [*METHODS, *SELECTORS, "full"], [*SELECTORS, "noise"]
+    for key, allowed in (("method", known), ("init", starts)):
+        if key in values and values[key] not in allowed:
+            found.append(_unknown((key,), key, values.pop(key), allowed))
+            if key == "method":
+                values.pop("settings", None)  # of a method that nobody knows
+    method, settings = values.get("method", "covmatch"), values.get("settings")
+    if method not in METHODS:
+        if settings:
+            message = f"method {method!r} has no settings, but some were given"
+            found.append(fault(("settings",), message, settings))
+            values.pop("settings")
+        return values, found
+    kind = METHODS[method].config
+    if not isinstance(settings, kind):
+        dumped = settings.model_dump() if isinstance(settings, BaseModel) else settings
+        try:
+            settings = values["settings"] = kind.model_validate({} if dumped is None else dumped)
+        except ValidationError as error:
+            found += faults(kind, error, ("settings",))
+            values.pop("settings")
+            return values, found
+    if hasattr(settings, "loss"):
+        values["evaluation"] = _with_loss(values.get("evaluation"), settings.loss)
+    return values, found
+
+
+def _unknown(path: tuple[str, ...], what: str, given: Any, known: list[str]) -> InitErrorDetails:
+    message = f"{what} {given!r} is unknown; known: {', '.join(known)}"
+    return fault(path, message + suggestion(given, known), given)
+
+
 def _with_loss(evaluation: Any, loss: str) -> Any:
     """The students' configuration with a loss put in, where it names none itself."""
     if isinstance(evaluation, EvaluationConfig):
         if "loss" in evaluation.model_fields_set:
             return evaluation
         return evaluation.model_copy(update={"loss": loss})
-    return {"loss": loss} | (evaluation or {})
+    if evaluation is None or isinstance(evaluation, dict):
+        return {"loss": loss} | (evaluation or {})
+    return evaluation  # refused where it is validated
 
 
 def code_of(identity: dict[str, Any]) -> str:

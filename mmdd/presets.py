@@ -259,6 +259,7 @@ def preset(name: str, **wishes: Any) -> RunConfig:
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(_BASE)}.{meant}")
     base = _BASE[name]
+    _require_mappings(wishes)
     if name == "paper" and wishes.get("method") in _PAPER_PAIRS:
         base = base | {"model": {"pair": _PAPER_PAIRS[wishes["method"]]}}
     values = merge(base, wishes)
@@ -284,6 +285,17 @@ def preset(name: str, **wishes: Any) -> RunConfig:
     if settings:
         chosen["settings"] = settings
     return RunConfig.model_validate(merge(chosen, values))
+
+
+def _require_mappings(wishes: dict[str, Any]) -> None:
+    """Raise `ValidationError` where a value stands in the place of a part."""
+    for part in ("dataset", "model", "student", "settings", "evaluation", "selection"):
+        value = wishes.get(part)
+        if value is not None and not isinstance(value, dict):
+            RunConfig.model_validate({part: value})
+            raise ConfigError(f"preset: {part} must be a dict, not a {type(value).__name__}.")
+    if not isinstance(wishes.get("method", ""), str):
+        RunConfig.model_validate({"method": wishes["method"]})
 
 
 def _selecting_pair(method: str, values: dict[str, Any], pair: str) -> str:

@@ -63,7 +63,9 @@ def test_the_command_in_a_process_of_its_own() -> None:
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == "mmdd: rhoo: Extra inputs are not permitted\n"
+    assert ended.stderr == (
+        "mmdd: settings.rhoo: Extra inputs are not permitted; did you mean 'rho'?\n"
+    )
 
 
 COMMANDS = {

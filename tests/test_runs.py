@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from mmdd import runs
 from mmdd.config import RunConfig
@@ -330,9 +331,9 @@ def test_a_broken_off_run_goes_on(
 
 
 def test_impossible_runs_leave_no_record(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot choose 41 pairs"):
+    with pytest.raises(ValidationError, match="41 pairs cannot be chosen"):
         run(make(pairs=41, method="random"), tmp_path)
-    with pytest.raises(ConfigError, match="unknown encoder pair"):
+    with pytest.raises(ValidationError, match=r"model\.pair\s+encoder pair 'clip' is unknown"):
         run(make(model={"pair": "clip"}), tmp_path)
     with pytest.raises(ConfigError, match=r"scenes-tiny takes 32 × 32"):
         run(make(dataset=SMALL["dataset"] | {"size": 16}), tmp_path)
