@@ -99,7 +99,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     try:
         header = json.loads(metadata[_FORMAT_KEY])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ArtefactError(
             f"{path} is a .safetensors file, but not one that mmdd wrote: its header is missing."
         ) from error
@@ -154,7 +154,7 @@ def load_state(path: Path) -> Any:
         raise ArtefactError(f"{path} holds no saved state: it is another kind of mmdd file.")
     try:
         state = unpack_state(tensors, header["state"])
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path}: the saved state is incomplete ({error}).") from error
     if tensors_sha256(tensors) != header.get("sha256"):
         raise ArtefactError(

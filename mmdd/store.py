@@ -124,8 +124,10 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
         newer = record["schema"] > SCHEMA
-        record["run_id"], record["sweep"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        named = [isinstance(record[key], str) for key in ("run_id", "sweep")]
+        if not all(named):
+            raise TypeError("run_id and sweep must be strings")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _unreadable(where, error) from error
     if newer:
         raise StoreError(

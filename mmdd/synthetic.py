@@ -198,6 +198,13 @@ def _load_similarity(
     if description is None:
         return None
     arguments = {name: value for name, value in description.items() if name != "kind"}
+    # Before memory is taken for them: a file of some bytes may claim a billion pairs.
+    if arguments.get("n") != len(tensors["images"]):
+        raise ConfigError(f"similarity for {arguments.get('n')!r} pairs")
+    if "rank" in arguments and arguments["rank"] != tensors["similarity.left"].shape[-1]:
+        raise ConfigError(f"similarity of rank {arguments['rank']!r}, but with other factors")
+    if not isinstance(arguments.get("alpha", 0.0), int | float):
+        raise ConfigError(f"similarity with alpha {arguments['alpha']!r}")
     module = _SIMILARITIES[description["kind"]](**arguments)
     prefix = "similarity."
     module.load_state_dict(

@@ -48,10 +48,12 @@ def decode_image(path: Path, size: int) -> np.ndarray:
             raise Undecodable("not a regular file", "a folder, pipe or device")
         with open(path, "rb") as file:
             return _decode(file, size)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Undecodable("missing image file", "") from None
     except PermissionError:
         raise Undecodable("unreadable image file", "permission denied") from None
+    except OSError as error:  # a name longer than the file system takes, a failing disk …
+        raise Undecodable("unreadable image file", error.strerror or str(error)) from None
 
 
 def _decode(file, size: int) -> np.ndarray:

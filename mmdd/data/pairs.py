@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mmdd.data.unicode import whole_characters
 from mmdd.errors import DataError
 
 
 class PairDataset:
     """Images with captions: one uint8 array (possibly a memory map) and lists of strings.
 
-    images: (n, H, W, 3) uint8, RGB. captions: one list of at least one string per image.
+    images: (n, H, W, 3) uint8, RGB. captions: one list of at least one string per image, with
+    U+FFFD put for the halves of characters that no encoding holds.
     splits: split name → image indices, each image in at most one split.
     fingerprint: 64 hex digits naming the content; computed from images, captions and splits when
     it is not given (a reader of a large set passes the one it made while decoding).
@@ -55,7 +57,7 @@ class PairDataset:
                 "strings: wrap a single caption in a list."
             )
         self.images = images
-        self.captions: list[list[str]] = [list(texts) for texts in captions]
+        self.captions = [[whole_characters(text) for text in texts] for texts in captions]
         self.name = name
         self.splits: dict[str, np.ndarray] = {
             split: np.asarray(members, dtype=np.int64) for split, members in splits.items()

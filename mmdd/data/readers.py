@@ -22,6 +22,7 @@ from mmdd.data.decode import SUFFIXES
 from mmdd.data.pairs import PairDataset
 from mmdd.data.report import Report
 from mmdd.data.sources import SOURCES
+from mmdd.data.unicode import whole_characters
 from mmdd.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -190,13 +191,19 @@ class _Listing:
     def resolve(self, folder: str, file_name: str) -> str:
         """Name of an image relative to the root, which may or may not have its subfolders."""
         if folder not in self._folders:
-            self._folders[folder] = bool(folder) and (self.root / folder).is_dir()
+            try:
+                self._folders[folder] = bool(folder) and (self.root / folder).is_dir()
+            except OSError:  # a name longer than the file system takes
+                self._folders[folder] = False
         return f"{folder}/{file_name}" if self._folders[folder] else file_name
 
     def add(self, image: str, texts: list[str], split: str | None) -> None:
         pure = PurePosixPath(image)
         if pure.is_absolute() or ".." in pure.parts or "\\" in image or "\0" in image:
             self.report.add("image name outside the folder", repr(image))
+            return
+        if whole_characters(image) != image:
+            self.report.add("image name with half a character", ascii(image))
             return
         if image in self.captions:
             self.report.add("duplicate image", image, "only its first entry counts")
@@ -253,7 +260,7 @@ def _read_text(path: Path) -> str:
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and deep nesting
         raise DataError(f"{path} is not valid JSON ({error}): fetch it again.") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__} where an object is expected.")
@@ -296,7 +303,8 @@ def _list_coco(listing: _Listing, path: Path, split: str | None) -> None:
     texts: dict[Any, list[str]] = {}
     for position, entry in enumerate(_list_of(content, "images", path)):
         identity, file_name = entry.get("id"), entry.get("file_name")
-        if identity is None or not isinstance(file_name, str) or not file_name:
+        named = isinstance(file_name, str) and file_name
+        if not named or not isinstance(identity, str | int | float):
             listing.report.add("entry without id or file name", f"{path.name} images[{position}]")
         elif identity in names:
             listing.report.add("duplicate image", file_name, f"id {identity} occurs twice")
@@ -304,7 +312,7 @@ def _list_coco(listing: _Listing, path: Path, split: str | None) -> None:
             names[identity], texts[identity] = file_name, []
     for entry in _list_of(content, "annotations", path):
         identity = entry.get("image_id")
-        if identity in texts:
+        if isinstance(identity, str | int | float) and identity in texts:
             caption = entry.get("caption")
             texts[identity].append(caption if isinstance(caption, str) else "")
         else:
@@ -319,12 +327,13 @@ def _read_caption_lines(path: Path, report: Report) -> dict[str, list[str]]:
     if "\t" in first:
         return _read_token_lines(text, report)
     header = [column.strip(' \r"') for column in first.split(",")]
-    if "image" in header and "caption" in header:
-        return _read_csv(text, path, report)
-    raise DataError(
-        f"{path} is neither a token file (name#number<TAB>caption) nor a CSV with the header "
-        f"image,caption: its first line is {first[:80]!r}."
-    )
+    found = _read_csv(text, path, report) if {"image", "caption"} <= set(header) else None
+    if found is None:
+        raise DataError(
+            f"{path} is neither a token file (name#number<TAB>caption) nor a CSV with the header "
+            f"image,caption: its first line is {first[:80]!r}."
+        )
+    return found
 
 
 def _read_token_lines(text: str, report: Report) -> dict[str, list[str]]:
@@ -347,11 +356,14 @@ def _read_token_lines(text: str, report: Report) -> dict[str, list[str]]:
     return captions
 
 
-def _read_csv(text: str, path: Path, report: Report) -> dict[str, list[str]]:
+def _read_csv(text: str, path: Path, report: Report) -> dict[str, list[str]] | None:
+    """Captions by image; None where the first row names no such columns."""
     captions: dict[str, list[str]] = {}
     rows = csv.reader(io.StringIO(text.lstrip(), newline=""), strict=True, skipinitialspace=True)
     try:
         header = [column.strip() for column in next(rows)]
+        if not {"image", "caption"} <= set(header):
+            return None
         image_column, caption_column = header.index("image"), header.index("caption")
         for row in rows:
             if not row:

@@ -1,9 +1,11 @@
 """Unpack a zip archive that need not be trusted: whole or not at all, never outside a folder."""
 
 import json
+import lzma
 import os
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,18 @@ from mmdd.errors import DownloadError
 MARKER = ".unpacked.json"
 _CHUNK = 1 << 20
 _MAX_FILES = 1_000_000
+# What `zipfile` raises on its way through a damaged archive; ValueError where a name is no text.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+)
 # What macOS leaves in archives; no part of any data set.
 _LITTER = ("__MACOSX", ".DS_Store")
 
@@ -57,7 +71,7 @@ def unpack_zip(
             ) as bar:
                 for target, info in members:
                     _unpack_member(content, info, partial / target, bar)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise DownloadError(f"{archive} is not a usable zip archive: {error}") from error
     except (DownloadError, OSError) as error:

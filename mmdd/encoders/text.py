@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mmdd._torchvision import ensure_torchvision
+from mmdd.data.unicode import whole_characters
 from mmdd.encoders.hash_tokenizer import HashTokenizer
 from mmdd.errors import ConfigError, DataError, DownloadError, MmddError
 
@@ -197,7 +198,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         if not texts:
             shape = (0, self.max_length)
             return torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
-        return self._tokenize(list(texts))
+        return self._tokenize([whole_characters(text) for text in texts])
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, L) int64 to token embeddings (B, L, embedding_dim): the word table alone.
