@@ -154,6 +154,12 @@ def train_student(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+        broken = [name for name, p in trained.items() if not torch.isfinite(p).all()]
+        if broken:  # by a gradient that is not finite, maybe after the last loss
+            raise NonFiniteError(
+                f"student {seed}: {broken[0]} is not finite after epoch {epoch + 1}: lower the "
+                f"learning rates ({_listed(rates, trained)})."
+            )
         schedule.step()
         if after_epoch is not None:
             after_epoch(epoch + 1)
@@ -317,6 +323,8 @@ def evaluate(
         if isinstance(train_on, SyntheticPairs)
         else RealBatches(train_on, "train", reference, protocol, device)
     )
+    if len(source) < 2:
+        raise ConfigError("one pair alone teaches nothing by contrast: evaluate at least two.")
     results: list[dict[str, Any]] = []
     bar = tqdm(
         total=len(seeds) * config.epochs, desc="students", unit="epoch", disable=not progress

@@ -304,6 +304,8 @@ def _train(
             done["sum"] += loss
             done["step"] += 1
             last_of_epoch = done["step"] % per_epoch == 0
+            if last_of_epoch or done["step"] % every == 0:
+                _require_finite(trained, config, seed, done["step"])  # before any of it is kept
             if last_of_epoch:
                 done["losses"].append(round(done["sum"] / per_epoch, 6))
                 done["sum"] = 0.0
@@ -358,6 +360,19 @@ def _step(
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def _require_finite(
+    trained: dict[str, nn.Parameter], config: ExpertConfig, seed: int, step: int
+) -> None:
+    """A gradient that is not finite shows in the parameters, maybe only after the last loss."""
+    broken = [name for name, value in trained.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise NonFiniteError(
+            f"expert with seed {seed}: {broken[0]} is not finite after step {step}: lower its "
+            f"learning rates (image {config.lr_image}, text {config.lr_text}, heads "
+            f"{config.lr_heads})."
+        )
 
 
 @contextmanager

@@ -154,6 +154,12 @@ def distill(
     Book: notebooks/07_covmatch.
     """
     done = _resume(method, checkpoint)
+    broken = [name for name, t in method.learnables().items() if not torch.isfinite(t).all()]
+    if broken:  # or there would be no good set to go back to
+        raise NonFiniteError(
+            f"{method.name}, before iteration {done.iterations}: not finite: {', '.join(broken)}. "
+            "The pairs it starts from, or the weights that made their texts, are damaged."
+        )
     process = psutil.Process()
     bar = tqdm(
         range(done.iterations, iterations),

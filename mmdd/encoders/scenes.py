@@ -138,6 +138,8 @@ class ScenesTextEncoder(TextEncoder):
         return self.bert(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
 
     def encode(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        if len(embeddings) == 0:  # attention cannot split a batch of nothing into heads
+            return embeddings.new_zeros((0, self.dim))
         hidden = self.hidden(embeddings, mask)
         weight = mask.to(hidden.dtype)[..., None]
         pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)

@@ -223,6 +223,8 @@ class HuggingFaceTextEncoder(TextEncoder):
             )
         if mask is None:
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        if len(embeddings) == 0:  # attention cannot split a batch of nothing into heads
+            return embeddings.new_zeros((0, self.dim))
         mask = mask.bool()
         hidden = self._hidden(embeddings, mask)  # (B, L, dim)
         pooled = _pool(hidden, mask, self.pooling)  # (B, dim)
