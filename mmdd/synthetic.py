@@ -172,6 +172,8 @@ class SyntheticPairs:
             tensors, header = _MIGRATIONS[version]((tensors, header))
             version = header["version"]
         try:
+            for name, rate in header["learning_rates"].items():
+                _require_number(f"learning rate {name!r}", rate)
             return cls(
                 tensors["images"],
                 tensors["texts"],
@@ -192,6 +194,12 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors)}|{text}".encode()).hexdigest()
 
 
+def _require_number(name: str, value: Any) -> None:
+    """JSON also holds NaN, and integers that no float can hold."""
+    if not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ConfigError(f"{name} is no usable number")
+
+
 def _load_similarity(
     tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None
 ) -> Similarity | None:
@@ -203,8 +211,7 @@ def _load_similarity(
         raise ConfigError(f"similarity for {arguments.get('n')!r} pairs")
     if "rank" in arguments and arguments["rank"] != tensors["similarity.left"].shape[-1]:
         raise ConfigError(f"similarity of rank {arguments['rank']!r}, but with other factors")
-    if not isinstance(arguments.get("alpha", 0.0), int | float):
-        raise ConfigError(f"similarity with alpha {arguments['alpha']!r}")
+    _require_number("alpha", arguments.get("alpha", 0.0))
     module = _SIMILARITIES[description["kind"]](**arguments)
     prefix = "similarity."
     module.load_state_dict(

@@ -1,6 +1,5 @@
 """Files that must agree with each other do: metadata, lock, make targets, CI, README, licences."""
 
-import ast
 import os
 import re
 import shutil
@@ -318,55 +317,7 @@ def test_no_tracked_file_names_a_place_on_somebodys_machine():
     assert not found
 
 
-# --- code -------------------------------------------------------------------------------------
-
-UNPICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-
-
-def unpickling(source: str) -> list[int]:
-    """Lines of Python source that could run code hidden in a file which they read."""
-    lines = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            errors_only = all(alias.name.endswith("Error") for alias in node.names)
-            modules = [] if errors_only else [node.module or ""]
-        else:
-            modules = []
-        if any(module.split(".")[0] in UNPICKLES for module in modules):
-            lines.append(node.lineno)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            called = ast.unparse(node.func)
-            given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-            if called == "torch.load" and given.get("weights_only") is not True:
-                lines.append(node.lineno)
-            if called.endswith((".read_pickle", ".to_pickle")) or given.get("allow_pickle"):
-                lines.append(node.lineno)
-    return lines
-
-
-def test_nothing_is_unpickled():
-    for name in tracked():
-        if name.endswith(".py") and name.startswith(("mmdd/", "data/", "tools/", "benchmarks/")):
-            assert unpickling((ROOT / name).read_text()) == [], name
-
-
-@pytest.mark.parametrize(
-    ("source", "lines"),
-    [
-        ("import torch\nx = torch.load('a.pt', weights_only=True)", []),
-        ("import torch\nx = torch.load('a.pt')", [2]),
-        ("import torch\nx = torch.load('a.pt', weights_only=False)", [2]),
-        ("from joblib import load", [1]),
-        ("from pickle import UnpicklingError", []),
-        ("import numpy as np\nnp.load('a.npy', allow_pickle=True)", [2]),
-        ("import numpy as np\nnp.load('a.npy', allow_pickle=False)", []),
-        ("import pandas as pd\npd.read_pickle('a')", [2]),
-    ],
-)
-def test_the_search_for_unpickling_finds_it(source, lines):
-    assert unpickling(source) == lines
+# --- the package ---------------------------------------------------------------------------------
 
 
 def test_a_built_wheel_carries_the_shipped_data(tmp_path):

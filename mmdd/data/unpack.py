@@ -55,7 +55,7 @@ def unpack_zip(
     Book: notebooks/01_data.
     """
     partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear(partial)
     partial.mkdir(parents=True)
     try:
         with zipfile.ZipFile(archive) as content:
@@ -81,10 +81,17 @@ def unpack_zip(
         raise DownloadError(f"cannot unpack {archive} into {destination}: {error}") from error
     marker = {"files": len(members), "bytes": total, **(note or {})}
     (partial / MARKER).write_text(json.dumps(marker), encoding="utf-8")
-    if destination.exists():
-        shutil.rmtree(destination)
+    _clear(destination)
     os.replace(partial, destination)
     return destination
+
+
+def _clear(folder: Path) -> None:
+    """Remove a folder, or a link in its place but never what the link leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def unpacked_note(destination: Path) -> dict[str, object] | None:

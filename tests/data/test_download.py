@@ -41,6 +41,7 @@ class Server:
         self.announce: int | None = None  # a Content-Length that is a lie
         self.pace = 0.0  # seconds between pieces of 64 KiB
         self.headers: dict[str, str] = {}
+        self.moved: dict[str, str] = {}  # path → where it is now
         self.requests: list[tuple[str, str | None]] = []
         server = self
 
@@ -63,7 +64,14 @@ class Server:
         self.thread.start()
 
     def answer(self, handler, body: bool) -> None:
-        data = self.files.get(handler.path.partition("?")[0])
+        path = handler.path.partition("?")[0]
+        if path in self.moved:
+            handler.send_response(302)
+            handler.send_header("Location", self.moved[path])
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return None
+        data = self.files.get(path)
         if body and self.status:
             code = self.status.pop(0)
             if code != 200:
@@ -214,6 +222,36 @@ def test_bytes_left_by_a_kill_after_the_last_one_are_used(server, tmp_path):
     assert server.requests == [("/file.bin", f"bytes={len(PAYLOAD)}-")]
 
 
+def test_a_file_that_moved_is_followed_and_checked(server, tmp_path):
+    server.files["/new.bin"] = server.files.pop("/file.bin")
+    server.moved = {"/file.bin": "/on/the/way", "/on/the/way": server.url + "/new.bin"}
+    server.drop_after = [200_000]
+    assert get(server, tmp_path / "a.bin", sha256=SHA).read_bytes() == PAYLOAD
+    begun = [offset for path, offset in server.requests if path == "/new.bin"]
+    assert begun[0] is None
+    assert begun[1].startswith("bytes="), "taken up where it broke, at its new place"
+    server.files["/new.bin"] = b"a page that says where to log in"
+    with pytest.raises(DownloadError, match="other bytes than expected"):
+        get(server, tmp_path / "b.bin", sha256=SHA)
+    assert not any(name.startswith("b.bin") for name in leftovers(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["/file.bin", "file:///etc/passwd", "ftp://127.0.0.1/a", "//"])
+def test_a_redirect_that_leads_nowhere_is_an_error(server, tmp_path, target):
+    server.moved = {"/file.bin": target}
+    with pytest.raises(DownloadError, match="cannot download"):
+        get(server, tmp_path / "a.bin")
+    assert leftovers(tmp_path) == set()
+
+
+def test_a_body_cut_by_a_server_that_tells_no_length_is_found_by_its_sum(server, tmp_path):
+    server.announce = None
+    server.files["/file.bin"] = PAYLOAD[:-7]
+    with pytest.raises(DownloadError, match="other bytes than expected"):
+        get(server, tmp_path / "a.bin", sha256=SHA)
+    assert leftovers(tmp_path) == set()
+
+
 def test_wrong_bytes_never_get_the_final_name(server, tmp_path):
     wrong = PAYLOAD[:-1] + bytes([PAYLOAD[-1] ^ 1])
     server.files["/file.bin"] = wrong
@@ -361,6 +399,34 @@ def test_members_that_would_leave_the_folder_are_refused(tmp_path, name):
     archive.write_bytes(zip_bytes(tmp_path / "t", {"good": b"1", name: b"2"}))
     with pytest.raises(DownloadError, match="refused"):
         unpack_zip(archive, tmp_path / "in" / "out", max_bytes=100, progress=False)
+    assert leftovers(tmp_path) == {"a.zip"}
+
+
+@pytest.mark.parametrize("place", ["out", "out.partial"])
+def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path, place):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_bytes(b"1")
+    (tmp_path / place).symlink_to(elsewhere)
+    (tmp_path / "a.zip").write_bytes(zip_bytes(tmp_path / "t", {"x/a": b"1", "b": b"2"}))
+    unpack_zip(tmp_path / "a.zip", tmp_path / "out", max_bytes=100, progress=False)
+    assert leftovers(elsewhere) == {"precious"}
+    assert (tmp_path / "out" / "b").read_bytes() == b"2"
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_a_link_and_a_file_written_through_it_are_refused(tmp_path):
+    """The archive that tar and zip programs make of a folder with a link in it, and one more."""
+    box = tmp_path / "box"
+    box.mkdir()
+    link = zipfile.ZipInfo("top/door")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, str(box))
+        archive.writestr("top/door/out.txt", b"2")
+    with pytest.raises(DownloadError, match="link or a device"):
+        unpack_zip(tmp_path / "a.zip", tmp_path / "in" / "out", max_bytes=99, progress=False)
+    assert list(box.iterdir()) == []
     assert leftovers(tmp_path) == {"a.zip"}
 
 
