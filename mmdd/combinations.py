@@ -16,14 +16,6 @@ def contradictions(config: "RunConfig") -> Iterator[InitErrorDetails]:
 
     The methods check again what they are given, as they can be used without a `RunConfig`.
     """
-    available = config.dataset.train
-    if config.method != "full" and available is not None and config.pairs > available:
-        yield fault(
-            ("pairs",),
-            f"{config.pairs} pairs cannot be chosen from a train split of {available} "
-            "(dataset.train): ask for fewer",
-            config.pairs,
-        )
     if config.settings is not None:
         yield from _of_settings(config, config.settings)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
+from mmdd.mistakes import faults
 from mmdd.presets import merge, preset
 
 _ELSEWHERE = ("sweep", "runtime")  # keys of a run that a grid has no business to set
@@ -98,7 +99,8 @@ def read_sweep(path: Path) -> tuple[SweepFile, "Lines"]:
         if twice is not None:
             raise ConfigError(f"{path}, line {twice[1]}: {twice[0]!r} is there twice in a mapping.")
     except ValidationError as error:
-        raise ConfigError(f"{path} is not a sweep file: {explain(error)}.") from error
+        told = ValidationError.from_exception_data(path.name, faults(SweepFile, error))
+        raise ConfigError(f"{path} is not a sweep file: {explain(told)}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not a sweep file: {error}") from error
     return sweep, lines

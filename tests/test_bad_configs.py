@@ -166,7 +166,7 @@ def contradiction(values: dict, rng: random.Random) -> tuple[Path, str | None]:
     if settings is None:
         values["settings"] = {"iterations": 3}
         return ("settings",), None
-    options = ["pairs"]
+    options = []
     if "learn_images" in settings:
         options.append("learn")
     if "experts" in settings and "expert_epochs" in settings:
@@ -186,12 +186,8 @@ def contradiction(values: dict, rng: random.Random) -> tuple[Path, str | None]:
     if chosen == "engine":
         settings |= {"engine": "unroll", "gradient": "detached"}
         return ("settings", "engine"), None
-    if chosen == "protocol":
-        values["protocol"] = "both"
-        return ("protocol",), None
-    values["pairs"] = values["dataset"]["train"] = rng.randint(2, 50)
-    values["pairs"] += rng.randint(1, 50)
-    return ("pairs",), None
+    values["protocol"] = "both"
+    return ("protocol",), None
 
 
 KINDS = (misspell_a_key, misspell_a_choice, wrong_type, out_of_range, contradiction)

@@ -212,6 +212,55 @@ def test_every_internal_link_resolves(site: Path) -> None:
     assert not broken, "\n".join(broken)
 
 
+# Tags whose address the browser loads without being asked.
+LOADED = re.compile(
+    r"<(?:(?:script|img|iframe|source|video|audio|embed|object)\b"
+    r'|link\b[^>]*\brel="(?:stylesheet|preload|icon|modulepreload))[^>]*>',
+    re.IGNORECASE,
+)
+ADDRESS = re.compile(r"""(?:src|href|srcset|data)=["']((?:https?:)?//[^"']+)""", re.IGNORECASE)
+IN_STYLES = re.compile(r"""(?:@import|url\()\s*["']?((?:https?:)?//[^"')]+)""", re.IGNORECASE)
+
+
+def loaded_from_elsewhere(html: str) -> list[str]:
+    """Addresses on other machines that a browser asks on showing a page."""
+    styles = re.findall(r"<style[^>]*>(.*?)</style>", html, re.DOTALL)
+    found = [address for tag in LOADED.findall(html) for address in ADDRESS.findall(tag)]
+    return found + [address for style in styles for address in IN_STYLES.findall(style)]
+
+
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+    """No script, style, font or picture: links that a reader clicks may lead anywhere."""
+    found = []
+    for page in pages(site):
+        addresses = loaded_from_elsewhere(page.read_text(encoding="utf-8"))
+        if mmdd_book.mathjax_folder() is None:  # then formulas need the network
+            addresses = [address for address in addresses if "mathjax" not in address]
+        found += [f"{page.relative_to(site)}: {address}" for address in addresses]
+    for sheet in site.rglob("*.css"):
+        addresses = IN_STYLES.findall(sheet.read_text(encoding="utf-8"))
+        found += [f"{sheet.relative_to(site)}: {address}" for address in addresses]
+    assert found == []
+
+
+def test_the_search_for_what_a_page_loads_finds_it() -> None:
+    for html in (
+        '<script async src="https://cdn.example/a.js"></script>',
+        "<img alt='x' src='//cdn.example/a.png'>",
+        '<link rel="stylesheet" type="text/css" href="https://cdn.example/a.css">',
+        "<style>@import url(https://cdn.example/a.css);</style>",
+        "<style>p {background: url('//cdn.example/a.png')}</style>",
+        '<iframe title="x" src="http://video.example/1"></iframe>',
+    ):
+        assert len(loaded_from_elsewhere(html)) == 1, html
+    for html in (
+        '<a href="https://arxiv.org/abs/1">paper</a>',
+        '<link rel="canonical" href="https://book.example/">',
+        '<img src="_images/a.png">',
+    ):
+        assert loaded_from_elsewhere(html) == [], html
+
+
 def test_no_page_shows_an_error_or_the_litter_of_a_run(site: Path) -> None:
     offences = []
     for page in pages(site):

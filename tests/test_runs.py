@@ -331,7 +331,7 @@ def test_a_broken_off_run_goes_on(
 
 
 def test_impossible_runs_leave_no_record(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="41 pairs cannot be chosen"):
+    with pytest.raises(ConfigError, match="cannot choose 41 pairs"):
         run(make(pairs=41, method="random"), tmp_path)
     with pytest.raises(ValidationError, match=r"model\.pair\s+encoder pair 'clip' is unknown"):
         run(make(model={"pair": "clip"}), tmp_path)
