@@ -1,8 +1,10 @@
 """Thousands of random mistakes in configurations: each refused, at its path, with a near match."""
 
 import copy
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -15,6 +17,7 @@ from mmdd.encoders.pairs import PAIRS
 from mmdd.presets import preset
 from mmdd.selection import SELECTORS
 
+ROOT = FilePath(__file__).resolve().parents[1]
 MISTAKES = 2400
 Path = tuple[str, ...]
 
@@ -253,3 +256,14 @@ def test_a_preset_with_a_value_where_a_part_belongs(part: str, value: Any) -> No
 def test_a_preset_with_a_method_that_is_no_name() -> None:
     with pytest.raises(ValidationError, match=r"method \['lors'\] is unknown"):
         preset("tiny", method=["lors"])
+
+
+def test_what_is_refused_now_has_made_no_record() -> None:
+    """The committed records: each configuration is valid still, and names its run."""
+    count = 0
+    for path in sorted((ROOT / "results").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            assert RunConfig.model_validate(record["config"]).run_id == record["run_id"], path.name
+            count += 1
+    assert count > 100
