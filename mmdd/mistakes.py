@@ -28,7 +28,7 @@ def suggestion(word: object, known: Iterable[str]) -> str:
 def fault(path: Path, message: str, given: Any, kind: str = "value_error") -> InitErrorDetails:
     """One line of a validation error. path: of the field, from the root."""
     # A template has no literal braces; a custom error puts values in for names.
-    error = PydanticCustomError(kind, "{message}", {"message": message})  # type: ignore[arg-type]
+    error = PydanticCustomError(kind, "{message}", {"message": message})
     return InitErrorDetails(type=error, loc=path, input=given)
 
 
