@@ -303,9 +303,11 @@ def _list_coco(listing: _Listing, path: Path, split: str | None) -> None:
     texts: dict[Any, list[str]] = {}
     for position, entry in enumerate(_list_of(content, "images", path)):
         identity, file_name = entry.get("id"), entry.get("file_name")
-        if not isinstance(identity, str | int | float) or not isinstance(file_name, str):
-            listing.report.add("entry without id or file name", f"{path.name} images[{position}]")
-        elif not file_name:
+        if (
+            not isinstance(identity, str | int | float)
+            or not isinstance(file_name, str)
+            or not file_name
+        ):
             listing.report.add("entry without id or file name", f"{path.name} images[{position}]")
         elif identity in names:
             listing.report.add("duplicate image", file_name, f"id {identity} occurs twice")
