@@ -23,30 +23,35 @@ from mmdd.distill.loop import Context
 from mmdd.encoders import DualEncoder, build_model
 from mmdd.errors import StoreError
 from mmdd.files import atomic_write_text
-from mmdd.losses import cross_covariance
 from mmdd.presets import preset
 from mmdd.runs import initial_pairs, make_context
+from mmdd.statistics import streamed_statistics
 
 SEEDS = (0, 1, 2)
 _IMAGES = 200  # real images whose features are followed
+_BATCH = 256  # pairs held at a time where all of them are gone over
 
 
 def covariance_rank(share: float = 0.99, seeds: tuple[int, ...] = SEEDS) -> list[float]:
     """Directions that hold `share` of the squared norm of the real cross-covariance, in percent.
 
-    C = cross_covariance(h_v, h_l) of the pretrained features of all training pairs (one caption an
-    image, drawn by the seed), (d_v, d_l); the answer is 100 · k / min(d_v, d_l) for the smallest k
-    with Σ_{i≤k} σ_i² ≥ share · Σ σ_i². A matrix whose singular values were all alike would give
+    C is the cross-covariance of h_v and h_l, the pretrained features of all training pairs (one
+    caption an image, drawn by the seed), (d_v, d_l); the answer is 100 · k / min(d_v, d_l) for the
+    smallest k with Σ_{i≤k} σ_i² ≥ share · Σ σ_i². A matrix of equal singular values would give
     100 · share. Source: CovMatch (NeurIPS 2025), on why means have to be matched too.
     """
     config, dataset, model = _scenes("heads")
     found = []
     for seed in seeds:
         context = _context(config, dataset, model, seed)
-        pairs = len(context.real)
-        batch = context.real.draw(pairs, np.random.default_rng(seed))
-        image, text = _features(model, batch)
-        covariance = cross_covariance(image.double(), text.double())
+        images, choice = context.real.dataset.draw(
+            context.real.split, len(context.real), np.random.default_rng(seed)
+        )
+        batches = (
+            _features(model, context.real.take(images[i : i + _BATCH], choice[i : i + _BATCH]))
+            for i in range(0, len(images), _BATCH)
+        )
+        covariance = streamed_statistics(batches).cross_covariance()
         found.append(100 * directions(covariance, share) / min(covariance.shape))
     return found
 
