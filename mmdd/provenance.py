@@ -58,11 +58,10 @@ def _imported(modules: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     queue = list(modules)
     while queue:
-        path = _file(queue.pop())
-        relative = path.relative_to(_PACKAGE).as_posix() if path else ""
-        if path is None or relative in found or relative in _WITHOUT_EFFECT:
+        relative = _file(queue.pop(), _PACKAGE)
+        if relative is None or relative in found or relative in _WITHOUT_EFFECT:
             continue
-        found[relative], names = _read(relative, path.read_text(encoding="utf-8"))
+        found[relative], names = _read(relative, (_PACKAGE / relative).read_text(encoding="utf-8"))
         queue += names
     return found
 
@@ -105,14 +104,18 @@ def _names(tree: ast.Module) -> list[str]:
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
     parts = [name.split(".") for name in names]
-    return [".".join(p[:i]) for p in parts if p[0] == "mmdd" for i in range(1, len(p) + 1)]
+    return list(
+        {".".join(p[:i]): None for p in parts if p[0] == "mmdd" for i in range(1, len(p) + 1)}
+    )
 
 
-def _file(module: str) -> Path | None:
-    """The file of a module of the package; None where the name is something inside a module."""
-    base = _PACKAGE.joinpath(*module.split(".")[1:])
+@cache  # the files of a run import each other hundreds of times
+def _file(module: str, package: Path) -> str | None:
+    """The file of a module, by its path within the package; None for a name inside a module."""
+    base = package.joinpath(*module.split(".")[1:])
     candidates = (base / "__init__.py", base.with_suffix(".py"))
-    return next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if path.is_file()), None)
+    return found.relative_to(package).as_posix() if found else None
 
 
 def _plain(node: Any) -> Any:

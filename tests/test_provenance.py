@@ -111,8 +111,7 @@ def test_everything_that_a_run_loads_is_hashed() -> None:
     every = [f"mmdd.distill.{p.stem}" for p in (PACKAGE / "distill").glob("*.py")]
     every += [f"mmdd.selection.{p.stem}" for p in (PACKAGE / "selection").glob("*.py")]
     hashed = set(provenance._imported(["mmdd.runs", *every]))
-    files = {provenance._file(module) for module in loaded.stdout.split()} - {None}
-    names = {path.relative_to(PACKAGE).as_posix() for path in files if path}
+    names = {provenance._file(module, PACKAGE) for module in loaded.stdout.split()} - {None}
     assert "losses.py" in names
     assert names - provenance._WITHOUT_EFFECT <= hashed
 
