@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -87,7 +88,6 @@ class _Row:
 
 
 _Stat = tuple[int, int] | None  # bytes and modification time; None for no such file
-_Decoded = tuple[_Row, np.ndarray | None]
 
 
 def prepare_images(
@@ -316,6 +316,20 @@ def _decode_all(
     todo = [i for i in range(len(names)) if i not in done]
     started = time.monotonic()
 
+    def outcome(row: int, pixels: BinaryIO) -> _Row:
+        length, mtime_ns = stats[row] or (-1, -1)
+        try:
+            array = decode_image(root / names[row], size)
+        except Undecodable as error:
+            return _Row(row, length, mtime_ns, "", error.kind, error.detail)
+        pixels.seek(len(header) + row * row_bytes)
+        _write_all(pixels, array)
+        return _Row(row, length, mtime_ns, hashlib.sha256(array).hexdigest())
+
+    def outcomes(rows: list[int]) -> list[_Row]:
+        with open(data, "r+b", buffering=0) as pixels:  # a position of its own for every thread
+            return [outcome(row, pixels) for row in rows]
+
     with (
         open(data, "r+b", buffering=0) as pixels,
         open(journal, "a", encoding="utf-8") as lines,
@@ -326,10 +340,7 @@ def _decode_all(
     ):
         waiting: list[_Row] = []
         flushed = started
-        for row, array in _decoded(todo, names, root, size, stats, threads):
-            if array is not None:
-                pixels.seek(len(header) + row.row * row_bytes)
-                _write_all(pixels, array)
+        for row in _in_order(outcomes, todo, threads):
             waiting.append(row)
             done[row.row] = row
             bar.update()
@@ -341,30 +352,24 @@ def _decode_all(
     return [done[i] for i in range(len(names))]
 
 
-def _decoded(
-    todo: list[int], names: list[str], root: Path, size: int, stats: list[_Stat], threads: int
-) -> Iterator[_Decoded]:
-    """Outcomes in order, a few chunks ahead of the consumer so that memory stays bounded.
+def _in_order(
+    outcomes: Callable[[list[int]], list[_Row]], todo: list[int], threads: int
+) -> Iterator[_Row]:
+    """Outcomes in order, worked out ahead of the consumer by a few chunks and what it flushes.
 
-    Threads, not processes: Pillow lets go of the interpreter while it decodes and scales, and
-    threads were as fast or faster on two cores, without a second interpreter's memory.
+    Pixels are written by the thread that decodes them, so what waits here is a line per image, and
+    decoding goes on while the consumer waits for the disk. Threads, not processes: Pillow lets go
+    of the interpreter while it decodes and scales, and threads were as fast or faster on two cores,
+    without a second interpreter's memory.
     """
-
-    def outcome(row: int) -> _Decoded:
-        length, mtime_ns = stats[row] or (-1, -1)
-        try:
-            array = decode_image(root / names[row], size)
-        except Undecodable as error:
-            return _Row(row, length, mtime_ns, "", error.kind, error.detail), None
-        return _Row(row, length, mtime_ns, hashlib.sha256(array.tobytes()).hexdigest()), array
-
+    ahead = 2 * threads + _FLUSH_ROWS // _CHUNK
     chunks = (todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK))
-    pending: deque[Future[list[_Decoded]]] = deque()
+    pending: deque[Future[list[_Row]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         while True:
-            while len(pending) < 2 * threads and (chunk := next(chunks, None)) is not None:
-                pending.append(pool.submit(lambda rows: [outcome(row) for row in rows], chunk))
+            while len(pending) < ahead and (chunk := next(chunks, None)) is not None:
+                pending.append(pool.submit(outcomes, chunk))
             if not pending:
                 return
             yield from pending.popleft().result()
@@ -399,8 +404,8 @@ def _require_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def _write_all(file, array: np.ndarray) -> None:
-    view = memoryview(array.tobytes())
+def _write_all(file: BinaryIO, array: np.ndarray) -> None:
+    view = memoryview(array).cast("B")
     while view:  # an unbuffered write may be short
         view = view[file.write(view) :]
 

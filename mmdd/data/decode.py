@@ -64,8 +64,8 @@ def _decode(file, size: int) -> np.ndarray:
                 raise _too_large(f"{width}×{height} pixels, the limit is {MAX_PIXELS:,}")
             image.draft(None, (_DRAFT_FACTOR * size, _DRAFT_FACTOR * size))
             image.load()
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-            return _square(upright, size)
+            ImageOps.exif_transpose(image, in_place=True)  # most have no tag, and need no copy
+            return _square(_to_rgb(image), size)
     except (Undecodable, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
