@@ -55,10 +55,8 @@ GRIDS := $(if $(DATA),$(wildcard sweeps/*.yaml),$(filter-out %photos.yaml sweeps
 sweep: $(STAMP)  ## run the grids in sweeps/ (SWEEP=sweeps/one.yaml, DATA=photos, JOBS=2)
 	$(BIN)/python -m mmdd sweep $(or $(SWEEP),$(GRIDS)) --jobs $(or $(JOBS),1) $(if $(DATA),--data $(DATA))
 
-bench: $(STAMP)  ## measure speed and memory (BENCH=benchmarks/one.py for one)
-	set -- $(or $(BENCH),$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); \
-	if [ $$# = 0 ]; then echo "there is no script in benchmarks/"; fi; \
-	for script in "$$@"; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP)  ## measure speed and memory; ends with the table of targets (BENCH=benchmarks/one.py for one)
+	$(BIN)/python tools/bench.py $(or $(BENCH),$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

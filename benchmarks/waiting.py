@@ -26,7 +26,9 @@ from _measure import Timer, add, load, machine
 from tqdm.auto import tqdm
 
 RECORD = Path(__file__).with_suffix(".json")
-SIZE, REAL, SYNTHETIC = 224, 64, 32
+SIZE = 224
+BATCHES = (64, 32)  # real and synthetic pairs
+QUICK_BATCHES = (8, 4)
 
 
 def write_photos(folder: Path, count: int) -> tuple[list[str], list[str]]:
@@ -58,7 +60,9 @@ def drop_pages(path: Path) -> None:
         os.close(handle)
 
 
-def measure(network: str, images: int, repeats: int, threads: int) -> dict[str, Any]:
+def measure(
+    network: str, images: int, batches: tuple[int, int], repeats: int, threads: int
+) -> dict[str, Any]:
     """One network: seconds of iterations and of their waiting, by where the pages lie."""
     import numpy as np
     import torch
@@ -70,6 +74,7 @@ def measure(network: str, images: int, repeats: int, threads: int) -> dict[str, 
     from mmdd.distill import Context, CovMatch, CovMatchConfig
     from mmdd.encoders import ImageEncoderSpec, ModelConfig, TextEncoderSpec, build_model
 
+    real_batch, synthetic_batch = batches
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="waiting-") as name:
@@ -89,7 +94,7 @@ def measure(network: str, images: int, repeats: int, threads: int) -> dict[str, 
                 text=TextEncoderSpec(kind="scenes", name="scenes-tiny"),
             )
         )
-        drawn = np.arange(SYNTHETIC)
+        drawn = np.arange(synthetic_batch)
         start = real_pairs(dataset, drawn, 0 * drawn, model, "image+text_head")
         real = RealBatches(dataset, "train", model, "image+text_head", torch.device("cpu"))
         waiting = Timer()
@@ -101,7 +106,12 @@ def measure(network: str, images: int, repeats: int, threads: int) -> dict[str, 
 
         real.draw = timed  # type: ignore[method-assign]
         method = CovMatch(
-            CovMatchConfig(real_batch=REAL, synthetic_batch=SYNTHETIC, lr_image=1e-3, lr_text=1e-3),
+            CovMatchConfig(
+                real_batch=real_batch,
+                synthetic_batch=synthetic_batch,
+                lr_image=1e-3,
+                lr_text=1e-3,
+            ),
             Context(start=start, real=real, model=model, protocol="image+text_head", seed=0),
         )
 
@@ -122,7 +132,9 @@ def measure(network: str, images: int, repeats: int, threads: int) -> dict[str, 
             if hasattr(os, "posix_fadvise"):
                 drop_pages(data)
                 times["disk"].append(iterate(2 * repeat + 2))
-            some = np.random.default_rng(repeat).choice(images, min(REAL, images), replace=False)
+            some = np.random.default_rng(repeat).choice(
+                images, min(real_batch, images), replace=False
+            )
             with Timer() as timer:
                 for i in some:
                     decode_image(root / names[i], SIZE)
@@ -151,18 +163,20 @@ def main() -> None:
     )
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
+    batches = BATCHES
     if arguments.quick:
-        arguments.network, arguments.images, arguments.repeats = ["test_nfnet"], REAL, 1
+        arguments.network, arguments.images, arguments.repeats = ["test_nfnet"], 16, 1
+        batches = QUICK_BATCHES
     for network in arguments.network:
         before = load()
         entry = {
             "name": network,
             "threads": arguments.threads,
             "image_size": SIZE,
-            "real_batch": REAL,
-            "synthetic_batch": SYNTHETIC,
+            "real_batch": batches[0],
+            "synthetic_batch": batches[1],
             "images": arguments.images,
-            **measure(network, arguments.images, arguments.repeats, arguments.threads),
+            **measure(network, arguments.images, batches, arguments.repeats, arguments.threads),
             "machine": {"load_before_and_after": [before, load()], **machine("torch", "timm")},
         }
         add(entry, arguments.record)

@@ -43,6 +43,57 @@ def test_make_bench_runs_the_scripts_and_not_what_they_share(tmp_path: Path) -> 
     assert "_measure" not in planned
 
 
+QUICK = {
+    "growth": ["--methods", "covmatch", "lors", "--axes", "dimension"],
+    "waiting": [],
+    "prepare_memory": [],
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_run_writes_a_record(name: str, tmp_path: Path, measure: ModuleType) -> None:
+    if name == "growth" and not measure.peak_resident_bytes():
+        return  # it says that it needs Linux
+    path = tmp_path / "record.json"
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--record", str(path)]
+    subprocess.run([*command, *QUICK[name]], check=True, capture_output=True)
+    record = json.loads(path.read_text())
+    if name == "growth":
+        found = {(r["method"], r["value"]): r for r in record["runs"]}
+        assert set(found) == {(m, d) for m in ("covmatch", "lors") for d in (64, 256)}
+        for method in ("covmatch", "lors"):  # counted, so the same on every machine
+            assert found[method, 64]["operations"] < found[method, 256]["operations"]
+        assert all(r["peak_bytes_above_base"] > 0 for r in record["runs"])
+    elif name == "waiting":
+        for mode in record[0]["modes"].values():
+            assert 0 < mode["seconds_waiting"] < mode["seconds_of_an_iteration"]
+    else:
+        runs = [record["plain_loop"], *record["runs"]]
+        assert [run["workers"] for run in runs] == [0, 1, 2]
+        assert len({run["pixels"] for run in runs}) == 1
+        assert all(run["peak_rss_bytes"] > 2**20 for run in runs)
+
+
+def test_bench_goes_on_after_a_failure_and_ends_with_the_table(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    (tmp_path / "good.py").write_text("print('measured')")
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tools" / "bench.py"), "--folder", str(tmp_path)),
+            *(str(tmp_path / "bad.py"), str(tmp_path / "good.py")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "bad.py" in done.stderr.splitlines()[-1]
+    lines = done.stdout.splitlines()
+    assert "== 2 of 2" in done.stdout
+    assert lines.index("measured") < next(i for i, s in enumerate(lines) if s.startswith("what "))
+    assert lines[-1].startswith("targets met: ")
+
+
 def test_an_entry_replaces_that_of_the_same_key(measure: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     for entry in (

@@ -172,8 +172,27 @@ def test_targets_are_read_from_the_committed_records() -> None:
     found = table.loc[("LoRS / TESLA, finite differences", "time")]
     assert found["ratio"] == pytest.approx(wanted, abs=1e-3)
     assert found["met"] == ("yes" if wanted <= 0.45 else "no")
-    assert table.loc[("waiting for data", "time"), "met"] == "not yet measured"
     assert len(table) == len(TARGETS)
+
+
+def test_waiting_and_preparing_are_read_from_their_records(tmp_path: Path) -> None:
+    machine = {"cores": 2, "architecture": "some"}
+    modes = {"memory": {"share": 0.002}, "disk": {"share": 0.04}}
+    waiting = [{"name": "test_nfnet", "threads": 1, "modes": modes, "machine": machine}]
+    (tmp_path / "waiting.json").write_text(json.dumps(waiting))
+    runs = [{"workers": w, "seconds": s, "peak_rss_bytes": 5e8} for w, s in ((1, 11.0), (2, 6.0))]
+    prepared = {"runs": runs, "plain_loop": {"seconds": 10.0}, "machine": machine}
+    path = tmp_path / "prepare_memory.json"
+    path.write_text(json.dumps(prepared))
+    found = measured(tmp_path).set_index(["subject", "quantity"])
+    assert found.loc[("waiting for data, cache in memory", "time"), "ratio"] == 0.002
+    assert found.loc[("waiting for data, cache on disk", "time"), "met"] == "no"
+    assert found.loc[("preparing JPEGs, two workers", "time"), "ratio"] == 0.6
+    assert found.loc[("preparing JPEGs", "memory"), "met"] == "yes"
+    del prepared["plain_loop"]  # a record from before there was one
+    path.write_text(json.dumps(prepared))
+    found = measured(tmp_path).set_index(["subject", "quantity"])
+    assert found.loc[("preparing JPEGs, two workers", "time"), "met"] == "not yet measured"
 
 
 def test_without_records_nothing_is_measured(tmp_path: Path) -> None:

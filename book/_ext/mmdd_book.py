@@ -3,8 +3,8 @@
 1. The role ``fn`` links a name such as ``mmdd.losses.info_nce`` to the line that defines it, and
    turns a name that no longer exists into a warning, which the build treats as an error.
 2. The execution cache of jupyter-book looks at a notebook's code cells only. Here it is also keyed
-   on `mmdd/`, the grids, the shipped data and the committed results, so a chapter never shows old
-   outputs.
+   on `mmdd/`, the grids, the shipped data, the committed results and the benchmarks' records, so a
+   chapter never shows old outputs.
 3. Progress bars that were displayed as widgets are dropped from the pages.
 4. Inline scripts that the extensions of jupyter-book register twice are kept once: a second
    `const` of the same name is an error in the browser.
@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = ("safetensors", "csv", "json", "yaml")
 KEYED = ("mmdd/**/*.py", "sweeps/*.yaml", *(f"data/**/*.{kind}" for kind in SHIPPED))
-KEYED_RESULTS = ("results/*.jsonl", "results/*.json", "results/shown/*")
+KEYED_RESULTS = (
+    *("results/*.jsonl", "results/*.json", "results/shown/*"),
+    "benchmarks/*.json",
+)
 NOT_KEYED = ("data/cache/", "data/downloads/")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX_PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2")
