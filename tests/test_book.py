@@ -618,6 +618,7 @@ def test_the_execution_cache_follows_code_and_results_but_not_downloads(tmp_path
         "mmdd/a.py": "x = 1",
         "results/s.jsonl": "{}",
         "results/m.json": "{}",
+        "benchmarks/b.json": "{}",
         "data/published/t.csv": "a",
         "data/published/c.yaml": "a",
         "data/cache/images.json": "{}",
@@ -633,6 +634,7 @@ def test_the_execution_cache_follows_code_and_results_but_not_downloads(tmp_path
         "mmdd/a.py",
         "results/s.jsonl",
         "results/m.json",
+        "benchmarks/b.json",
         "data/published/t.csv",
         "data/published/c.yaml",
     ):
