@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -41,9 +42,9 @@ def table(folder: Path) -> str:
     return f"{lines}\n\ntargets met: {counts}"
 
 
-def _left(frame: pd.DataFrame) -> dict[str, object]:
+def _left(frame: pd.DataFrame) -> dict[str, Callable[[str], str]]:
     """Columns of text, each as wide as its longest cell."""
-    widths = {name: max(map(len, [*frame[name], name])) for name in frame}
+    widths = {str(name): max(map(len, [*frame[name], str(name)])) for name in frame.columns}
     return {name: f"{{:<{width}}}".format for name, width in widths.items()}
 
 

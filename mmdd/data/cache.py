@@ -324,7 +324,7 @@ def _decode_all(
             return _Row(row, length, mtime_ns, "", error.kind, error.detail)
         pixels.seek(len(header) + row * row_bytes)
         _write_all(pixels, array)
-        return _Row(row, length, mtime_ns, hashlib.sha256(array).hexdigest())
+        return _Row(row, length, mtime_ns, hashlib.sha256(array.data).hexdigest())
 
     def outcomes(rows: list[int]) -> list[_Row]:
         with open(data, "r+b", buffering=0) as pixels:  # a position of its own for every thread
@@ -405,7 +405,7 @@ def _require_space(folder: Path, needed: int, purpose: str) -> None:
 
 
 def _write_all(file: BinaryIO, array: np.ndarray) -> None:
-    view = memoryview(array).cast("B")
+    view = array.data.cast("B")
     while view:  # an unbuffered write may be short
         view = view[file.write(view) :]
 
