@@ -28,10 +28,20 @@ class Batch:
     index: Tensor
 
 
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on a device; a GPU reads it from pinned memory while the host goes on.
+
+    On the CPU it is the array's own memory.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pixels(images: np.ndarray, device: torch.device) -> Tensor:
     """(m, H, W, 3) uint8 → (m, 3, H, W) float32 in [0, 1]; divided on the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return tensor.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    return on_device(images, device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
 @contextmanager
@@ -113,7 +123,7 @@ class RealBatches:
 
     def take(self, images: np.ndarray, choice: np.ndarray) -> Batch:
         """The pairs of given images with given captions, in their order."""
-        rows = torch.from_numpy(self.table.rows(images, choice)).to(self.device)
+        rows = on_device(self.table.rows(images, choice), self.device)
         mask = self.table.mask
         return Batch(
             pixels(self.dataset.images[images], self.device),

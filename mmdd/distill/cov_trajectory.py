@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmdd import losses
+from mmdd.distill.loop import Terms
 from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
 
 _REAL = 5  # stream of random numbers
@@ -45,7 +46,7 @@ class CovTrajectory(TrajectoryMatching):
 
     config: CovTrajectoryConfig
 
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         terms = super().backward(iteration)
         sides = [p for p in (self.set.images, self.set.texts) if p.requires_grad]
         if self.config.cov_weight == 0 or not sides:
@@ -54,9 +55,9 @@ class CovTrajectory(TrajectoryMatching):
         for side, gradient in zip(sides, torch.autograd.grad(loss, sides), strict=True):
             assert side.grad is not None
             length = gradient.norm()
-            if length > 0:
-                side.grad += self.config.cov_weight * side.grad.norm() / length * gradient
-        return terms | {"covariance": loss.item()}
+            scale = self.config.cov_weight * side.grad.norm() / length
+            side.grad += torch.where(length > 0, scale, 0.0) * gradient
+        return {**terms, "covariance": loss}
 
     def _covariance_loss(self, iteration: int) -> Tensor:
         config = self.config

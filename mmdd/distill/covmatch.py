@@ -4,33 +4,28 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from mmdd import losses
-from mmdd.distill.learnable import LearnablePairs
-from mmdd.distill.loop import Context, Distiller
+from mmdd.distill.base import PairDistiller, PairsConfig
+from mmdd.distill.loop import Context, Terms
 from mmdd.errors import ConfigError
 from mmdd.protocols import component_rates, freeze_all_but, parameter_groups
-from mmdd.synthetic import SyntheticPairs
 
 _REAL, _SYNTHETIC = 1, 2  # streams of random numbers
 
 
-class CovMatchConfig(BaseModel):
-    """Settings of CovMatch; the defaults are the paper's for N = 100.
+class CovMatchConfig(PairsConfig):
+    """Settings of CovMatch beside those of `PairsConfig`; the defaults are the paper's at N = 100.
 
     rho, lambda_: scale of the real covariance, weight of the mean matching. normalize: match
     L2-normalised projected features instead of raw ones (not the paper's). real_batch,
-    synthetic_batch: pairs per iteration. lr_image, lr_text: step sizes on the set, in the encoder's
-    normalised pixel space and the text's own. update: what the model is trained on after each
-    iteration. reset_every: iterations after which it goes back to pretrained encoders and fresh
-    projections. model_lr_*: its learning rates. learn_*: false keeps that side of the set as it
-    started. freeze: an encoder that the model update leaves alone.
+    synthetic_batch: pairs per iteration. update: what the model is trained on after each iteration.
+    reset_every: iterations after which it goes back to pretrained encoders and fresh projections.
+    model_lr_*: its learning rates. freeze: an encoder that the model update leaves alone.
     Source: CovMatch (NeurIPS 2025), Algorithm 1 and appendix. Book: notebooks/07_covmatch.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(default=10_000, ge=1)
     rho: float = Field(default=2.0, ge=0)
@@ -38,13 +33,6 @@ class CovMatchConfig(BaseModel):
     normalize: bool = False
     real_batch: int = Field(default=256, ge=2)
     synthetic_batch: int = Field(default=256, ge=2)
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr_image: float = Field(default=1.0, ge=0)
-    lr_text: float = Field(default=1.0, ge=0)
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    clip: float | None = Field(default=None, gt=0)
-    learn_images: bool = True
-    learn_texts: bool = True
     update: Literal["real", "synthetic", "none"] = "real"
     freeze: Literal["none", "image", "text"] = "none"
     reset_every: int = Field(default=50, ge=1)
@@ -56,7 +44,7 @@ class CovMatchConfig(BaseModel):
     temperature: float = Field(default=0.07, gt=0)
 
 
-class CovMatch(Distiller):
+class CovMatch(PairDistiller):
     """CovMatch on any encoder pair, with text as token embeddings or as vectors.
 
     One forward pass over the real batch serves the matching loss and the model update: its
@@ -77,19 +65,7 @@ class CovMatch(Distiller):
                 f"covmatch needs at least two synthetic and two real pairs for a covariance, "
                 f"not {len(context.start)} and {len(context.real)}."
             )
-        self.model, self.device = context.model, context.real.device
-        self.set = LearnablePairs(
-            context.start, self.model.image_encoder, config.learn_images, config.learn_texts
-        )
-        rates = ((self.set.images, config.lr_image), (self.set.texts, config.lr_text))
-        learned = [{"params": [p], "lr": lr} for p, lr in rates if p.requires_grad]
-        if not learned:
-            raise ConfigError("covmatch has nothing to learn: learn_images or learn_texts.")
-        self.optimizer = (
-            torch.optim.Adam(learned)
-            if config.optimizer == "adam"
-            else torch.optim.SGD(learned, momentum=config.momentum)
-        )
+        self.optimizer = self.make_optimizer()
         self.model.eval()
         self.trained = freeze_all_but(self.model, context.protocol)
         if config.freeze != "none":
@@ -104,10 +80,7 @@ class CovMatch(Distiller):
         self._reset_model(0)
         self._real_features: tuple[Tensor, Tensor] | None = None
 
-    def learnables(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.set.named_parameters() if p.requires_grad}
-
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         """One matching loss: ‖ρC^T − C^S‖² + λ(‖μ_v^T − μ_v^S‖² + ‖μ_l^T − μ_l^S‖²)."""
         config = self.config
         if iteration > 0 and iteration % config.reset_every == 0:
@@ -116,7 +89,7 @@ class CovMatch(Distiller):
         needs_graph = config.update == "real"
         with torch.set_grad_enabled(needs_graph), self._precision():
             self._real_features = self.model(batch.images, batch.texts, batch.mask, normalize=False)
-        index = self._synthetic_index(iteration)
+        index = self.some_pairs(config.synthetic_batch, _SYNTHETIC, iteration)
         texts, mask = self.set.text(index)
         with self._precision():
             synthetic = self.model(self.set.pixels(index), texts, mask, normalize=False)
@@ -126,13 +99,10 @@ class CovMatch(Distiller):
             real_image, real_text, syn_image, syn_text, config.rho
         )
         loss = covariance + config.lambda_ * means
-        learned = list(self.learnables().values())
-        # Only the path to the set is walked: no gradient of the model is computed here.
-        for tensor, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-            tensor.grad = gradient
-        return {"loss": loss.item(), "covariance": covariance.item(), "means": means.item()}
+        self.differentiate(loss)
+        return {"loss": loss, "covariance": covariance, "means": means}
 
-    def after_step(self, iteration: int) -> dict[str, float]:
+    def after_step(self, iteration: int) -> Terms:
         """The online model update: one InfoNCE step on the real batch (or on the set)."""
         if self.config.update == "none":
             return {}
@@ -140,7 +110,7 @@ class CovMatch(Distiller):
             assert self._real_features is not None
             p_image, p_text = self._real_features
         else:
-            index = self._synthetic_index(iteration)
+            index = self.some_pairs(self.config.synthetic_batch, _SYNTHETIC, iteration)
             with torch.no_grad():
                 images = self.set.pixels(index)
             texts, mask = self.set.text(index)
@@ -157,50 +127,28 @@ class CovMatch(Distiller):
             parameter.grad = gradient
         self.model_optimizer.step()
         self._real_features = None  # frees the graph
-        return {"model_loss": loss.item()}
-
-    def export(self) -> SyntheticPairs:
-        return self.set.export(
-            {
-                **self.context.start.metadata,
-                "method": self.name,
-                "settings": self.config.model_dump(),
-            }
-        )
+        return {"model_loss": loss}
 
     def hint(self) -> str:
         config = self.config
-        return (
-            f"lower lr_image ({config.lr_image}) and lr_text ({config.lr_text}), or match "
-            f"normalised features (normalize is {config.normalize})"
-        )
+        return f"{super().hint()}, or match normalised features (normalize is {config.normalize})"
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "set": dict(self.set.named_parameters()),
-            "optimizer": self.optimizer.state_dict(),
+        return super().state_dict() | {
             "model": dict(self.trained),
             "model_optimizer": self.model_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         with torch.no_grad():
-            for name, parameter in self.set.named_parameters():
-                parameter.copy_(state["set"][name])
             for name, parameter in self.trained.items():
                 parameter.copy_(state["model"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.model_optimizer.load_state_dict(state["model_optimizer"])
 
     def _to_match(self, projected: Tensor) -> Tensor:
         projected = projected.float()
         return F.normalize(projected, dim=-1) if self.config.normalize else projected
-
-    def _synthetic_index(self, iteration: int) -> Tensor | None:
-        if self.config.synthetic_batch >= len(self.set):
-            return None  # the whole set, in its order
-        order = self.rng(_SYNTHETIC, iteration).permutation(len(self.set))
-        return torch.from_numpy(order[: self.config.synthetic_batch]).to(self.device)
 
     def _reset_model(self, period: int) -> None:
         with torch.no_grad():

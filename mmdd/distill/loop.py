@@ -1,7 +1,8 @@
 """The one distillation loop: progress, checkpoints, resume, and a guard against non-finite numbers.
 
 A method says how to get gradients (`backward`) and what follows a step (`after_step`); everything
-else is here. All randomness of an iteration is drawn from (seed, iteration), so that a run that was
+else is here, reading from the device included: an iteration hands over what it found, losses and
+whether anything went wrong, in one piece at its end. All randomness of an iteration is drawn from (seed, iteration), so that a run that was
 killed goes on from its checkpoint to the same bits as one that was not.
 """
 
@@ -27,6 +28,7 @@ from mmdd.synthetic import SyntheticPairs
 
 HISTORY_POINTS = 200  # what a record keeps of the losses
 Precision = Literal["float32", "bfloat16"]
+Terms = dict[str, Tensor | float]  # losses and other scalars of an iteration, still on the device
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,13 @@ class Distiller(ABC):
         """The tensors being learned, by name; `backward` fills their .grad."""
 
     @abstractmethod
-    def backward(self, iteration: int) -> dict[str, float]:
-        """Put gradients on the learnables; return the loss ("loss") and its named terms."""
+    def backward(self, iteration: int) -> Terms:
+        """Put gradients on the learnables; return the loss ("loss") and its named terms.
 
-    def after_step(self, iteration: int) -> dict[str, float]:
+        Scalar tensors, on the device: reading one here would make the host wait for a GPU.
+        """
+
+    def after_step(self, iteration: int) -> Terms:
         """What follows the step on the set, such as a model update; terms to show, if any."""
         return {}
 
@@ -171,18 +176,7 @@ def distill(
     )
     for iteration in bar:
         begin = time.perf_counter()
-        method.optimizer.zero_grad(set_to_none=True)
-        before = {name: t.detach().clone() for name, t in method.learnables().items()}
-        terms = method.backward(iteration)
-        _guard(method, iteration, terms, before, checkpoint)
-        if clip is not None:
-            for tensor in method.learnables().values():
-                if tensor.grad is not None:
-                    torch.nn.utils.clip_grad_norm_([tensor], clip)
-        method.optimizer.step()
-        terms |= method.after_step(iteration)
-        # Again, as the step itself can overflow: nothing that is not finite is saved or exported.
-        _guard(method, iteration, terms, before, checkpoint)
+        terms = iterate(method, iteration, clip=clip, checkpoint=checkpoint)
         done.seconds += time.perf_counter() - begin
         done.iterations = iteration + 1
         for name, value in terms.items():
@@ -231,29 +225,82 @@ def _owner(method: Distiller) -> dict[str, Any]:
     }
 
 
-def _guard(
+def iterate(
     method: Distiller,
     iteration: int,
-    terms: dict[str, float],
+    *,
+    clip: float | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, float]:
+    """One iteration of a method: gradients, clipping, the step, what follows it, and the guard.
+
+    The host reads from the device once, at the end. Returns the terms; arguments and errors are
+    those of `distill`. Book: notebooks/14_efficiency.
+    """
+    method.optimizer.zero_grad(set_to_none=True)
+    learnables = method.learnables()
+    before = {name: t.detach().clone() for name, t in learnables.items()}
+    terms = method.backward(iteration)
+    gradients = {name: t.grad for name, t in learnables.items() if t.grad is not None}
+    sums: Terms = {f"gradient of {name}": gradient.sum() for name, gradient in gradients.items()}
+    if clip is not None:
+        for name in gradients:
+            torch.nn.utils.clip_grad_norm_([learnables[name]], clip)
+    method.optimizer.step()
+    later = method.after_step(iteration)
+    # Again, as the step itself can overflow: nothing that is not finite is saved or exported.
+    ends: Terms = {f"{name} after the step": t.detach().sum() for name, t in learnables.items()}
+    first, second, first_sums, second_sums = _read(terms, later, sums, ends)
+    # A sum that is finite has finite entries; one that is not may have overflowed alone.
+    bad = _not_finite(first)
+    bad += [
+        f"gradient of {name}"
+        for name, gradient in gradients.items()
+        if not np.isfinite(first_sums[f"gradient of {name}"]) and not torch.isfinite(gradient).all()
+    ]
+    back = bool(bad)
+    if not bad:
+        bad = _not_finite(second)
+        broken = [
+            name
+            for name, tensor in learnables.items()
+            if not np.isfinite(second_sums[f"{name} after the step"])
+            and not torch.isfinite(tensor).all()
+        ]
+        bad += [f"{name} after the step" for name in broken]
+        back = bool(broken)
+    if bad:
+        _stop(method, iteration, bad, before if back else {}, checkpoint)
+    return first | second
+
+
+def _read(*groups: Terms) -> list[dict[str, float]]:
+    """Groups of scalars as numbers, in one transfer from the device."""
+    tensors = [v.detach() for group in groups for v in group.values() if isinstance(v, Tensor)]
+    # Doubles hold every precision exactly.
+    numbers = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
+    return [
+        {name: next(numbers) if isinstance(v, Tensor) else v for name, v in group.items()}
+        for group in groups
+    ]
+
+
+def _not_finite(terms: dict[str, float]) -> list[str]:
+    return [name for name, value in terms.items() if not np.isfinite(value)]
+
+
+def _stop(
+    method: Distiller,
+    iteration: int,
+    bad: list[str],
     before: dict[str, Tensor],
     checkpoint: Path | None,
 ) -> None:
-    """Stop at a number that is not finite; `before` is the set at the start of the iteration."""
-    learnables = method.learnables()
-    broken = [name for name, tensor in learnables.items() if not torch.isfinite(tensor).all()]
-    bad = [name for name, value in terms.items() if not np.isfinite(value)]
-    bad += [
-        f"gradient of {name}"
-        for name, tensor in learnables.items()
-        if tensor.grad is not None and not torch.isfinite(tensor.grad).all()
-    ]
-    bad += [f"{name} after the step" for name in broken]
-    if not bad:
-        return
+    """Raise for what is not finite; `before` is what the learnables go back to, where they must."""
     kept = "nothing was kept, as no checkpoint was asked for"
     if checkpoint is not None:
         with torch.no_grad():
-            for name, tensor in learnables.items() if broken else ():
+            for name, tensor in method.learnables().items() if before else ():
                 tensor.copy_(before[name])
         path = checkpoint.with_suffix(".last_good.safetensors")
         method.export().save(path)

@@ -7,16 +7,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdd import losses
-from mmdd.distill.learnable import LearnablePairs
-from mmdd.distill.loop import Context, Distiller
+from mmdd.batches import on_device
+from mmdd.distill.base import PairDistiller, PairsConfig
+from mmdd.distill.loop import Context, Terms
 from mmdd.errors import ConfigError
 from mmdd.protocols import component_rates, parameter_groups, trained_parameters
-from mmdd.synthetic import SyntheticPairs
 
 _REAL, _SYNTHETIC, _MODEL = 1, 2, 3  # streams of random numbers
 # DC's addend to the product of two norms: rows of no gradient, such as those of dead units, count
@@ -27,28 +27,15 @@ _GUARD = 1e-6
 # -- settings --------------------------------------------------------------------------------------
 
 
-class MatchingConfig(BaseModel):
-    """What the settings of DC and DM share.
+class MatchingConfig(PairsConfig):
+    """What the settings of DC and DM share, beside those of `PairsConfig`.
 
-    iterations: steps on the set. real_batch, synthetic_batch: pairs per iteration, all of them
-    where there are no more. optimizer, lr_image, lr_text: of the steps on the set, in the encoder's
-    normalised pixel space and the text's own; momentum for "sgd". clip: largest norm of each side's
-    gradient. learn_*: false keeps that side of the set as it started.
+    real_batch, synthetic_batch: pairs per iteration, all of them where there are no more.
     Book: notebooks/05_trajectory_matching.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    iterations: int = Field(default=1_000, ge=1)
     real_batch: int = Field(default=256, ge=2)
     synthetic_batch: int = Field(default=256, ge=2)
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr_image: float = Field(default=1.0, ge=0)
-    lr_text: float = Field(default=1.0, ge=0)
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    clip: float | None = Field(default=None, gt=0)
-    learn_images: bool = True
-    learn_texts: bool = True
 
 
 class GradientMatchingConfig(MatchingConfig):
@@ -232,54 +219,21 @@ class OnlineModel:
 # -- the methods -----------------------------------------------------------------------------------
 
 
-class _Matching(Distiller):
-    """What DC and DM share: the set with its optimiser, and a model that starts again."""
+class _Matching(PairDistiller):
+    """What DC and DM share: batches, and a model that starts again."""
 
     config: MatchingConfig
     online: OnlineModel
 
     def __init__(self, config: MatchingConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.set = LearnablePairs(
-            context.start, context.model.image_encoder, config.learn_images, config.learn_texts
-        )
-        rates = ((self.set.images, config.lr_image), (self.set.texts, config.lr_text))
-        learned = [{"params": [p], "lr": lr} for p, lr in rates if p.requires_grad]
-        if not learned:
-            raise ConfigError(f"{self.name} has nothing to learn: learn_images or learn_texts.")
-        self.optimizer = (
-            torch.optim.Adam(learned)
-            if config.optimizer == "adam"
-            else torch.optim.SGD(learned, momentum=config.momentum)
-        )
-
-    def learnables(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.set.named_parameters() if p.requires_grad}
-
-    def export(self) -> SyntheticPairs:
-        return self.set.export(
-            {
-                **self.context.start.metadata,
-                "method": self.name,
-                "settings": self.config.model_dump(),
-            }
-        )
-
-    def hint(self) -> str:
-        return f"lower lr_image ({self.config.lr_image}) and lr_text ({self.config.lr_text})"
+        self.optimizer = self.make_optimizer()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "set": dict(self.set.named_parameters()),
-            "optimizer": self.optimizer.state_dict(),
-            "model": self.online.state_dict(),
-        }
+        return super().state_dict() | {"model": self.online.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.set.named_parameters():
-                parameter.copy_(state["set"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.online.load_state_dict(state["model"])
 
     def _real_batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -290,14 +244,8 @@ class _Matching(Distiller):
         index = None  # the whole set, in its order
         if self.config.synthetic_batch < len(self.set):
             order = rng.permutation(len(self.set))[: self.config.synthetic_batch]
-            index = torch.from_numpy(order).to(self.context.real.device)
+            index = on_device(order, self.device)
         return (self.set.pixels(index), *self.set.text(index))
-
-    def _differentiate(self, loss: Tensor) -> None:
-        learned = list(self.learnables().values())
-        # Only the path to the set is walked: no gradient of the model is left behind.
-        for tensor, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-            tensor.grad = gradient
 
 
 class GradientMatching(_Matching):
@@ -335,7 +283,7 @@ class GradientMatching(_Matching):
             weight_decay=config.model_weight_decay,
         )
 
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         """One matching loss: Σ over weight tensors and their rows of 1 - cos(∇ℓ^T, ∇ℓ^S).
 
         The terms beside it are InfoNCE on the two batches.
@@ -352,14 +300,14 @@ class GradientMatching(_Matching):
             (r, s) for r, s in zip(real, synthetic, strict=True) if r is not None and s is not None
         ]
         loss = gradient_distance([r for r, _ in met], [s for _, s in met], config.vectors)
-        self._differentiate(loss)
+        self.differentiate(loss)
         return {
-            "loss": loss.item(),
-            "info_nce_real": real_loss.item(),
-            "info_nce_synthetic": synthetic_loss.item(),
+            "loss": loss,
+            "info_nce_real": real_loss,
+            "info_nce_synthetic": synthetic_loss,
         }
 
-    def after_step(self, iteration: int) -> dict[str, float]:
+    def after_step(self, iteration: int) -> Terms:
         """The model's InfoNCE steps, each on a batch of its own; the loss shown is the last's."""
         config = self.config
         if config.update == "none":
@@ -374,7 +322,7 @@ class GradientMatching(_Matching):
                     images, texts, mask = self._synthetic_batch(rng)
             value = self.online.info_nce(images, texts.detach(), mask, config.temperature)
             self.online.step(value)
-        return {"model_loss": value.item()}
+        return {"model_loss": value}
 
     def hint(self) -> str:
         config = self.config
@@ -404,7 +352,7 @@ class DistributionMatching(_Matching):
         # Without parameters to train, a checkpoint need not hold the encoders.
         self.online = OnlineModel(context, trained={})
 
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         """One matching loss: ‖μ_v^T − μ_v^S‖² + ‖μ_l^T − μ_l^S‖², its terms by side."""
         self.online.go_to(iteration // self.config.reset_every)
         with torch.no_grad():
@@ -415,8 +363,8 @@ class DistributionMatching(_Matching):
             for r, s in zip(real, synthetic, strict=True)
         )
         loss = image + text
-        self._differentiate(loss)
-        return {"loss": loss.item(), "image": image.item(), "text": text.item()}
+        self.differentiate(loss)
+        return {"loss": loss, "image": image, "text": text}
 
     def _to_match(self, projected: Tensor) -> Tensor:
         return F.normalize(projected, dim=-1) if self.config.normalize else projected

@@ -9,26 +9,25 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
 from mmdd import losses
-from mmdd.distill.learnable import LearnablePairs
-from mmdd.distill.loop import Context, Distiller
+from mmdd.distill.base import PairDistiller, PairsConfig
+from mmdd.distill.loop import Context, Terms
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, prepare_experts
 from mmdd.interpolation import SnapshotCache, interpolate
-from mmdd.synthetic import SyntheticPairs
 
 _REAL, _SYNTHETIC, _MODEL = 1, 2, 3  # streams of random numbers
 _COMMON_HEADS = 77_000_000  # the seed of the projections that experts with a common start share
 _EXPERTS_NEEDED = {"pretrained": 0, "fine-tuned": 1, "weighted-sum": 2, "interpolation": 2}
 
 
-class MdmConfig(BaseModel):
-    """Settings of MDM; the defaults are the paper's for N = 100.
+class MdmConfig(PairsConfig):
+    """Settings of MDM beside those of `PairsConfig`; the defaults are the paper's at N = 100.
 
     Loss: lambda_contrastive · InfoNCE of the synthetic pairs + lambda_agreement · energy(u) +
     lambda_discrepancy · energy(g); a weight of 0 leaves a term out. features: what the energies
@@ -47,12 +46,9 @@ class MdmConfig(BaseModel):
     trajectory methods, whose experts have projections of their own: every displacement is then
     measured from its own start and put on the first expert's.
 
-    real_batch, synthetic_batch: pairs per iteration. lr_image, lr_text: step sizes on the set, in
-    the encoder's normalised pixel space and the text's own. learn_*: false keeps that side of the
-    set as it started. Source: MDM (CVPR 2026) and its supplement. Book: notebooks/08_mdm.
+    real_batch, synthetic_batch: pairs per iteration.
+    Source: MDM (CVPR 2026) and its supplement. Book: notebooks/08_mdm.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(default=3_000, ge=1)
     lambda_contrastive: float = Field(default=1.0, ge=0)
@@ -67,13 +63,9 @@ class MdmConfig(BaseModel):
     common_start: bool = True
     real_batch: int = Field(default=64, ge=2)
     synthetic_batch: int = Field(default=64, ge=2)
-    optimizer: Literal["sgd", "adam"] = "sgd"
     lr_image: float = Field(default=100.0, ge=0)
     lr_text: float = Field(default=100.0, ge=0)
-    momentum: float = Field(default=0.5, ge=0, lt=1)
     clip: float | None = Field(default=1.0, gt=0)
-    learn_images: bool = True
-    learn_texts: bool = True
     experts: ExpertConfig = ExpertConfig()
 
 
@@ -91,7 +83,7 @@ class CommonStart(DualEncoder):
         super().reset_heads(_COMMON_HEADS)
 
 
-class Mdm(Distiller):
+class Mdm(PairDistiller):
     """MDM on any encoder pair, with text as vectors or as token embeddings.
 
     An iteration makes a model of two expert checkpoints, embeds a real and a synthetic batch with
@@ -132,7 +124,6 @@ class Mdm(Distiller):
     def __init__(self, config: MdmConfig, context: Context) -> None:
         super().__init__(config, context)
         _check(config, context)
-        self.model, self.device = context.model, context.real.device
         self.layout = Layout.of(self.model, context.protocol)
         self.sizes = [shape.numel() for shape in self.layout.shapes]
         self.snapshots: SnapshotCache | None = None
@@ -140,36 +131,21 @@ class Mdm(Distiller):
             self.snapshots = SnapshotCache(context.prepared, self.device)
         self.model.eval()
         self.model.requires_grad_(False)
-        self.set = LearnablePairs(
-            context.start, self.model.image_encoder, config.learn_images, config.learn_texts
-        )
-        rates = ((self.set.images, config.lr_image), (self.set.texts, config.lr_text))
-        learned = [{"params": [p], "lr": lr} for p, lr in rates if p.requires_grad]
-        self.optimizer = (
-            torch.optim.Adam(learned)
-            if config.optimizer == "adam"
-            else torch.optim.SGD(learned, momentum=config.momentum)
-        )
+        self.optimizer = self.make_optimizer()
 
-    def learnables(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.set.named_parameters() if p.requires_grad}
-
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         """InfoNCE of the synthetic pairs, plus the energies between real and synthetic features."""
         parameters, ratio = self.draw_model(iteration)
         batch = self.context.real.draw(self.config.real_batch, self.rng(_REAL, iteration))
         with torch.no_grad():
             real = self._embed(parameters, batch.images, batch.texts, batch.mask)
-        index = self._synthetic_index(iteration)
+        index = self.some_pairs(self.config.synthetic_batch, _SYNTHETIC, iteration)
         synthetic = self._embed(parameters, self.set.pixels(index), *self.set.text(index))
         weights, terms = self.terms(real, synthetic)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        learned = list(self.learnables().values())
-        gradients = torch.autograd.grad(loss, learned, materialize_grads=True)
-        for tensor, gradient in zip(learned, gradients, strict=True):
-            tensor.grad = gradient
-        found = {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
-        return found if ratio is None else found | {"ratio": ratio.mean().item()}
+        self.differentiate(loss)
+        found: Terms = {"loss": loss, **terms}
+        return found if ratio is None else {**found, "ratio": ratio.mean()}
 
     def terms(
         self, real: tuple[Tensor, Tensor], synthetic: tuple[Tensor, Tensor]
@@ -231,30 +207,6 @@ class Mdm(Distiller):
             flat, ratios = interpolate(starts[0], moved, self.sizes, self.config.alpha)
         return self.layout.named(self.layout.parts(flat)), ratios
 
-    def export(self) -> SyntheticPairs:
-        return self.set.export(
-            {
-                **self.context.start.metadata,
-                "method": self.name,
-                "settings": self.config.model_dump(mode="json"),
-            }
-        )
-
-    def hint(self) -> str:
-        return f"lower lr_image ({self.config.lr_image}) and lr_text ({self.config.lr_text})"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "set": dict(self.set.named_parameters()),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.set.named_parameters():
-                parameter.copy_(state["set"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-
     def _embed(
         self, parameters: dict[str, Tensor], images: Tensor, texts: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -265,12 +217,6 @@ class Mdm(Distiller):
         if self.context.precision == "bfloat16":
             p_image, p_text = p_image.float(), p_text.float()
         return F.normalize(p_image, dim=-1), F.normalize(p_text, dim=-1)
-
-    def _synthetic_index(self, iteration: int) -> Tensor | None:
-        if self.config.synthetic_batch >= len(self.set):
-            return None  # the whole set, in its order
-        order = self.rng(_SYNTHETIC, iteration).permutation(len(self.set))
-        return torch.from_numpy(order[: self.config.synthetic_batch]).to(self.device)
 
 
 def _check(config: MdmConfig, context: Context) -> None:

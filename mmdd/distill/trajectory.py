@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdd import losses
-from mmdd.distill.learnable import LearnablePairs
-from mmdd.distill.loop import Context, Distiller
+from mmdd.batches import on_device
+from mmdd.distill.base import PairDistiller, PairsConfig
+from mmdd.distill.loop import Context, Terms
 from mmdd.distill.mixed import DifferentiableSiLU, Engine, mixed_derivative
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, prepare_experts, seeded_dropout
@@ -29,8 +30,8 @@ from mmdd.synthetic import SyntheticPairs
 _DRAW, _BATCHES = 1, 2  # streams of random numbers
 
 
-class TrajectoryConfig(BaseModel):
-    """Settings of MTT-VL; TESLA's and LoRS' differ in their defaults alone.
+class TrajectoryConfig(PairsConfig):
+    """Settings of MTT-VL beside those of `PairsConfig`; TESLA's and LoRS' have other defaults.
 
     Matching: expert_epochs snapshots of an expert, from a start of at most max_start_epoch, are
     matched by syn_steps student steps on synthetic_batch pairs each (snapshots are epochs unless
@@ -42,17 +43,14 @@ class TrajectoryConfig(BaseModel):
     only); the others go step by step (see `mmdd.distill.mixed`); "finite-difference" is inexact.
     error_every: iterations between measurements of its error.
 
-    Learning: lr_image, lr_text, lr_similarity, lr_rates are step sizes on the set (in the
-    encoder's normalised pixel space and the text's own), on S̃, and on the students' learning
-    rates; momentum for "sgd". student_lr_*: where those start; log_rates learns their logarithm.
-    similarity: the form of S̃; "copied" takes, and keeps, the cosines that the first expert gives
-    the initial pairs. rank, alpha: of the low-rank one. learn_*: false keeps that as it started.
+    Learning: lr_similarity and lr_rates are step sizes on S̃ and on the students' learning rates.
+    student_lr_*: where those start; log_rates learns their logarithm. similarity: the form of S̃;
+    "copied" takes, and keeps, the cosines that the first expert gives the initial pairs. rank,
+    alpha: of the low-rank one. learn_*: false keeps that as it started.
 
     Source: MTT-VL (TMLR 2024); TESLA (ICML 2023); LoRS (ICML 2024) §3.4 and Table 11.
     Book: notebooks/05_trajectory_matching.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(default=3_000, ge=1)
     expert_epochs: int = Field(default=1, ge=1)
@@ -65,13 +63,10 @@ class TrajectoryConfig(BaseModel):
     gradient: Literal["full", "detached"] = "full"
     engine: Engine | Literal["unroll"] = "unroll"
     error_every: int = Field(default=50, ge=1)
-    optimizer: Literal["sgd", "adam"] = "sgd"
     lr_image: float = Field(default=100.0, ge=0)
     lr_text: float = Field(default=100.0, ge=0)
     lr_similarity: float = Field(default=10.0, ge=0)
     lr_rates: float = Field(default=0.01, ge=0)
-    momentum: float = Field(default=0.5, ge=0, lt=1)
-    clip: float | None = Field(default=None, gt=0)
     student_lr_image: float = Field(default=0.1, gt=0)
     student_lr_text: float = Field(default=0.1, gt=0)
     student_lr_heads: float = Field(default=0.1, gt=0)
@@ -79,8 +74,6 @@ class TrajectoryConfig(BaseModel):
     similarity: Literal["identity", "full", "low_rank", "copied"] = "identity"
     rank: int = Field(default=10, ge=1)
     alpha: float = Field(default=3.0, ge=0)
-    learn_images: bool = True
-    learn_texts: bool = True
     learn_omega: bool = True
     learn_residual: bool = True
     learn_rates: bool = True
@@ -106,7 +99,7 @@ class LorsConfig(TeslaWbceConfig):
     similarity: Literal["identity", "full", "low_rank", "copied"] = "low_rank"
 
 
-class TrajectoryMatching(Distiller):
+class TrajectoryMatching(PairDistiller):
     """Move the set so that a student trained on it goes where the experts went.
 
     An iteration draws an expert and a start, puts the student there, takes `syn_steps` SGD steps on
@@ -130,14 +123,10 @@ class TrajectoryMatching(Distiller):
     def __init__(self, config: TrajectoryConfig, context: Context) -> None:
         super().__init__(config, context)
         self.experts: ExpertBuffer = context.prepared
-        self.model, self.device = context.model, context.real.device
         _check(config, self.experts, len(context.start))
         self.layout = Layout.of(self.model, context.protocol)
         freeze_all_but(self.model, context.protocol)
         self.model.train()
-        self.set = LearnablePairs(
-            context.start, self.model.image_encoder, config.learn_images, config.learn_texts
-        )
         self.similarity = self._similarity().to(self.device)
         start = component_rates(
             config.student_lr_image, config.student_lr_text, config.student_lr_heads
@@ -145,14 +134,7 @@ class TrajectoryMatching(Distiller):
         rates = torch.tensor([start[part] for part in self.layout.sizes], device=self.device)
         self.raw_rates = nn.Parameter(rates.log() if config.log_rates else rates)
         self.raw_rates.requires_grad_(config.learn_rates)
-        groups = [{"params": [p], "lr": lr} for _, p, lr in self._learned() if p.requires_grad]
-        if not groups:
-            raise ConfigError(f"{self.name} has nothing to learn: one of learn_* must be true.")
-        self.optimizer = (
-            torch.optim.Adam(groups)
-            if config.optimizer == "adam"
-            else torch.optim.SGD(groups, momentum=config.momentum)
-        )
+        self.optimizer = self.make_optimizer()
         self._error = 0.0
 
     def _similarity(self) -> Similarity:
@@ -179,11 +161,10 @@ class TrajectoryMatching(Distiller):
             module.values.requires_grad_(False)
         return module
 
-    def _learned(self) -> list[tuple[str, nn.Parameter, float]]:
+    def learned(self) -> list[tuple[str, nn.Parameter, float]]:
         config = self.config
         return [
-            ("images", self.set.images, config.lr_image),
-            ("texts", self.set.texts, config.lr_text),
+            *super().learned(),
             *(
                 (f"similarity.{name}", p, config.lr_similarity)
                 for name, p in self.similarity.named_parameters()
@@ -191,24 +172,21 @@ class TrajectoryMatching(Distiller):
             ("rates", self.raw_rates, config.lr_rates),
         ]
 
-    def learnables(self) -> dict[str, Tensor]:
-        return {name: p for name, p, _ in self._learned() if p.requires_grad}
-
     def rates(self) -> Tensor:
         """The student's learning rate for each part of the model, differentiable."""
         return self.raw_rates.exp() if self.config.log_rates else self.raw_rates
 
-    def backward(self, iteration: int) -> dict[str, float]:
+    def backward(self, iteration: int) -> Terms:
         config = self.config
         start, target = self._draw(iteration)
-        for _, parameter, _ in self._learned():
+        for _, parameter, _ in self.learned():
             parameter.grad = None
         if config.engine == "unroll":
             loss = self._unrolled(start, target, iteration)
         else:
             loss = self._step_by_step(start, target, iteration)
-        terms = {"loss": loss}
-        for part, rate in zip(self.layout.sizes, self.rates().tolist(), strict=True):
+        terms: Terms = {"loss": loss}
+        for part, rate in zip(self.layout.sizes, self.rates().detach().clone(), strict=True):
             terms[f"lr_{part}"] = rate
         if config.engine == "finite-difference":
             terms["relative_error"] = self._error
@@ -225,7 +203,7 @@ class TrajectoryMatching(Distiller):
     def _snapshot(self, expert: int, number: int) -> list[Tensor]:
         return self.layout.parts(self.experts.read(expert, number).to(self.device))
 
-    def after_step(self, iteration: int) -> dict[str, float]:
+    def after_step(self, iteration: int) -> Terms:
         if not self.config.log_rates:
             with torch.no_grad():
                 self.raw_rates.clamp_(min=1e-3)  # as LoRS' code does: a negative rate is no student
@@ -264,7 +242,7 @@ class TrajectoryMatching(Distiller):
         rng = self.rng(_BATCHES, iteration)
         found: list[Tensor] = []
         while len(found) < self.config.syn_steps:
-            order = torch.from_numpy(rng.permutation(n)).to(self.device)
+            order = on_device(rng.permutation(n), self.device)
             found += [rows for rows in order.split(size) if len(rows) >= 2]
         return found[: self.config.syn_steps]
 
@@ -291,7 +269,7 @@ class TrajectoryMatching(Distiller):
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def _unrolled(self, start: list[Tensor], target: list[Tensor], iteration: int) -> float:
+    def _unrolled(self, start: list[Tensor], target: list[Tensor], iteration: int) -> Tensor:
         """The full gradient from one graph over all steps."""
         rates = self.rates()
         theta = [t.detach().requires_grad_() for t in start]
@@ -303,9 +281,9 @@ class TrajectoryMatching(Distiller):
             theta = [t - r * g for t, r, g in zip(theta, rates, gradient, strict=True)]
         outer = self._distance(theta, target, start)
         outer.backward(inputs=list(self.learnables().values()))
-        return outer.item()
+        return outer
 
-    def _step_by_step(self, start: list[Tensor], target: list[Tensor], iteration: int) -> float:
+    def _step_by_step(self, start: list[Tensor], target: list[Tensor], iteration: int) -> Tensor:
         """Either gradient without a graph over all steps: first the path, then back along it.
 
         Double backward of the detached gradient takes the same memory for any number of steps; the
@@ -359,11 +337,11 @@ class TrajectoryMatching(Distiller):
 
     def _adjoint(
         self, end: list[Tensor], target: list[Tensor], start: list[Tensor]
-    ) -> tuple[float, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """The distance, and its gradient with respect to where the student ended."""
         end = [t.detach().requires_grad_() for t in end]
         outer = self._distance(end, target, start)
-        return outer.item(), list(torch.autograd.grad(outer, end))
+        return outer.detach(), list(torch.autograd.grad(outer, end))
 
     def _gradient(self, theta: list[Tensor], rows: Tensor, key: list[int]) -> list[Tensor]:
         theta = [t.detach().requires_grad_() for t in theta]
@@ -405,13 +383,7 @@ class TrajectoryMatching(Distiller):
     # -- what comes out ----------------------------------------------------------------------------
 
     def export(self) -> SyntheticPairs:
-        found = self.set.export(
-            {
-                **self.context.start.metadata,
-                "method": self.name,
-                "settings": self.config.model_dump(mode="json"),
-            }
-        )
+        found = super().export()
         found.learning_rates = dict(zip(self.layout.sizes, self.rates().tolist(), strict=True))
         if not isinstance(self.similarity, IdentitySimilarity):
             found.similarity = _copy(self.similarity)
@@ -425,17 +397,10 @@ class TrajectoryMatching(Distiller):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "learned": {name: p for name, p, _ in self._learned()},
-            "optimizer": self.optimizer.state_dict(),
-            "error": self._error,
-        }
+        return super().state_dict() | {"error": self._error}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter, _ in self._learned():
-                parameter.copy_(state["learned"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self._error = state["error"]
 
 

@@ -346,9 +346,9 @@ def test_what_is_learned(make: Make) -> None:
     for off, wanted in names.items():
         method = make("lors", **SMALL_STEPS, **dict.fromkeys(off, False))
         assert set(method.learnables()) == wanted
-        before = {n: p.detach().clone() for n, p, _ in method._learned()}
+        before = {n: p.detach().clone() for n, p, _ in method.learned()}
         distill(method, 2, progress=False)
-        changed = {n for n, p, _ in method._learned() if not torch.equal(p, before[n])}
+        changed = {n for n, p, _ in method.learned() if not torch.equal(p, before[n])}
         assert changed == wanted
     with pytest.raises(ConfigError, match="nothing to learn"):
         make("tesla", learn_images=False, learn_texts=False, learn_rates=False)
