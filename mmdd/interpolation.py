@@ -35,15 +35,14 @@ def layer_ratios(displacements: Tensor, sizes: Sequence[int]) -> Tensor:
             f"entries in all; got {tuple(displacements.shape)} and layers of {sum(sizes)}."
         )
     k = len(displacements)
-    cosines = []
-    for layer in displacements.split(list(sizes), dim=1):
-        gram = layer @ layer.T  # (k, k)
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        products = norms[:, None] * norms[None, :]
-        moved = products > 0
-        cosine = torch.where(moved, gram / torch.where(moved, products, 1), 0)
-        cosines.append((cosine.sum() - cosine.diagonal().sum()) / (k * (k - 1)))
-    c = torch.stack(cosines).clamp(0, 1)
+    layers = displacements.split(list(sizes), dim=1)
+    grams = torch.stack([layer @ layer.T for layer in layers])  # (layers, k, k)
+    norms = grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    products = norms[:, :, None] * norms[:, None, :]
+    moved = products > 0
+    cosines = torch.where(moved, grams / torch.where(moved, products, 1), 0)
+    others = cosines.flatten(1).sum(dim=1) - cosines.diagonal(dim1=1, dim2=2).sum(dim=1)
+    c = (others / (k * (k - 1))).clamp(0, 1)
     return k * c / (1 + (k - 1) * c)
 
 
@@ -58,11 +57,18 @@ def interpolate(
     Source: MDM (CVPR 2026), model initialisation. Book: notebooks/08_mdm.
     """
     ratios = layer_ratios(displacements, sizes)
-    steps = [
-        ratio * layer.mean(dim=0)
-        for ratio, layer in zip(ratios, displacements.split(list(sizes), dim=1), strict=True)
-    ]
-    return start + alpha * torch.cat(steps), ratios
+    found = torch.empty_like(start)
+    # Layer by layer, as most layers fit into a cache of the processor and the whole does not.
+    for ratio, piece, origin, moved in zip(
+        ratios,
+        found.split(list(sizes)),
+        start.split(list(sizes)),
+        displacements.split(list(sizes), dim=1),
+        strict=True,
+    ):
+        torch.mean(moved, dim=0, out=piece)
+        piece.mul_(ratio).mul_(alpha).add_(origin)
+    return found, ratios
 
 
 class SnapshotCache:
