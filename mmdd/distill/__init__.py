@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from mmdd.distill.cov_trajectory import CovTrajectory, CovTrajectoryConfig
 from mmdd.distill.covmatch import CovMatch, CovMatchConfig
 from mmdd.distill.decoupled import Decoupled, DecoupledConfig
-from mmdd.distill.loop import Context, Distiller, Progress, distill
+from mmdd.distill.loop import Context, Distiller, Progress, distill, iterate
 from mmdd.distill.matching import (
     DistributionMatching,
     DistributionMatchingConfig,
@@ -82,4 +82,5 @@ __all__ = [
     "TrajectoryConfig",
     "TrajectoryMatching",
     "distill",
+    "iterate",
 ]

@@ -1,9 +1,10 @@
 """The one distillation loop: progress, checkpoints, resume, and a guard against non-finite numbers.
 
 A method says how to get gradients (`backward`) and what follows a step (`after_step`); everything
-else is here, reading from the device included: an iteration hands over what it found, losses and
-whether anything went wrong, in one piece at its end. All randomness of an iteration is drawn from (seed, iteration), so that a run that was
-killed goes on from its checkpoint to the same bits as one that was not.
+else is here, reading from the device included: losses, and whether anything went wrong, are read
+in one transfer at the end of an iteration. All randomness of an iteration is drawn from (seed,
+iteration), so that a run that was killed goes on from its checkpoint to the same bits as one that
+was not.
 """
 
 import time

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,19 @@ import pytest
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdd.distill import Context, CovMatch, CovMatchConfig, Distiller, Progress, distill
+from mmdd.distill import (
+    METHODS,
+    Context,
+    CovMatch,
+    CovMatchConfig,
+    Distiller,
+    Progress,
+    distill,
+    iterate,
+)
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.synthetic import SyntheticPairs
 
@@ -319,6 +332,82 @@ def test_a_step_that_overflows_is_no_result(
     assert not path.exists()
     with pytest.raises(NonFiniteError, match="nothing was kept"):
         distill(Line(context, lr=3e38), iterations, progress=False)
+
+
+def test_a_finite_set_whose_sum_overflows_goes_on(make_context: MakeContext) -> None:
+    method = Line(make_context(), lr=0.0)
+    with torch.no_grad():
+        method.x.fill_(1e38)
+    assert not torch.isfinite(method.x.sum())
+    assert distill(method, 1, progress=False)[1].iterations == 1
+
+
+# -- what the host reads ---------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a host wait for its device: scalars that Python asks for.
+
+    Not those of transformers, whose text models look at the padding in every forward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            callers = (frame.filename for frame in traceback.extract_stack())
+            self.count += not any(Path(name).name == "masking_utils.py" for name in callers)
+        return func(*args, **(kwargs or {}))
+
+
+class Transfers(TorchFunctionMode):
+    """Counts tensors that become lists or arrays, which `Reads` does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        return func(*args, **(kwargs or {}))
+
+
+EXPERTS = {"count": 2, "epochs": 1, "batch_size": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("covmatch", {"clip": 1.0, "synthetic_batch": 4}),
+        ("covmatch", {"update": "synthetic"}),
+        ("mdm", {"experts": EXPERTS, "synthetic_batch": 4}),
+        ("dm", {"normalize": True}),
+        ("dc", {"model_steps": 2}),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["both", "image+text_head"])
+def test_the_host_reads_once_in_an_iteration(
+    make_context: MakeContext, tmp_path: Path, name: str, settings: dict[str, Any], protocol: str
+) -> None:
+    context = make_context(protocol)
+    entry = METHODS[name]
+    config = entry.config(real_batch=8, lr_image=0.01, lr_text=0.01, **settings)
+    prepared, _ = entry.distiller.prepare(config, context, tmp_path, progress=False)
+    method = entry.distiller(config, replace(context, prepared=prepared))
+    iterate(method, 0)
+    with Reads() as reads, Transfers() as transfers:
+        terms = iterate(method, 1, clip=1.0)
+    assert (reads.count, transfers.count) == (0, 1)
+    assert all(isinstance(value, float) for value in terms.values())
+    with Reads() as reads:  # it does count what a method used to do
+        torch.ones(()).item()
+    assert reads.count == 1
 
 
 # -- clipping, history, callback -------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_the_image_gradient_against_a_difference_quotient(make: Make) -> None:
         for shift in (1e-5, -2e-5):
             method.set.images += shift * way
             with torch.enable_grad():
-                values.append(method.backward(0)["loss"])
+                values.append(method.backward(0)["loss"].item())
     expected = (values[0] - values[1]) / 2e-5
     assert float((found * way).sum()) == pytest.approx(expected, rel=1e-5)
 
