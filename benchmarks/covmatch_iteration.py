@@ -30,6 +30,7 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
     from mmdd.batches import RealBatches
     from mmdd.data import PairDataset
     from mmdd.distill import Context, CovMatch, CovMatchConfig
+    from mmdd.distill import iterate as step
     from mmdd.encoders import ImageEncoderSpec, ModelConfig, TextEncoderSpec, build_model
     from mmdd.provenance import resolve_device
     from mmdd.synthetic import SyntheticPairs
@@ -73,10 +74,7 @@ def measure(pairs: int, real_batch: int, device_name: str, bf16: bool, repeats: 
 
     def iterate(iteration: int) -> float:
         with Timer() as timer:
-            method.optimizer.zero_grad(set_to_none=True)
-            method.backward(iteration)  # reads the loss, so it waits for the device
-            method.optimizer.step()
-            method.after_step(iteration)
+            step(method, iteration)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         return timer.seconds

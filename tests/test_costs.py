@@ -200,3 +200,24 @@ def test_without_records_nothing_is_measured(tmp_path: Path) -> None:
     table = measured(tmp_path)
     assert set(table["met"]) == {"not yet measured"}
     assert table["ratio"].isna().all()
+
+
+def test_an_iteration_counts_at_its_worst(tmp_path: Path) -> None:
+    def entry(threads: int, seconds: float, cpu_seconds: float) -> dict:
+        ratio = {"seconds": seconds, "cpu_seconds": cpu_seconds, "memory": 1.0}
+        return {
+            "method": "covmatch",
+            "name": "test_nfnet",
+            "threads": threads,
+            "ratios": {"loop/floor": ratio, "loop/naive": ratio},
+            "machine": {"cores": 2, "architecture": "x86_64", "load_before_and_after": [0, 1]},
+        }
+
+    # The clock of one thread tells of other work, CPU seconds of two of threads that spin.
+    record = [entry(1, 9.0, 1.07), entry(2, 1.09, 0.5)]
+    (tmp_path / "iteration.json").write_text(json.dumps(record))
+    table = measured(tmp_path).set_index("subject")
+    rows = table.loc[["CovMatch iteration, test_nfnet"]]
+    assert rows["ratio"].tolist() == [1.09, 1.09]
+    assert rows["met"].tolist() == ["yes", "no"]
+    assert table.loc["MDM iteration, interpolation included, nfnet_l0", "met"] == "not yet measured"
