@@ -9,7 +9,7 @@ was not.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from mmdd.synthetic import SyntheticPairs
 
 HISTORY_POINTS = 200  # what a record keeps of the losses
 Precision = Literal["float32", "bfloat16"]
-Terms = dict[str, Tensor | float]  # losses and other scalars of an iteration, still on the device
+Terms = Mapping[str, Tensor | float]  # losses and other scalars of an iteration, on the device
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ class TrajectoryMatching(PairDistiller):
             loss = self._unrolled(start, target, iteration)
         else:
             loss = self._step_by_step(start, target, iteration)
-        terms: Terms = {"loss": loss}
+        terms: dict[str, Tensor | float] = {"loss": loss}
         for part, rate in zip(self.layout.sizes, self.rates().detach().clone(), strict=True):
             terms[f"lr_{part}"] = rate
         if config.engine == "finite-difference":
