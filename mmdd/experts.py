@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mmdd import losses
 from mmdd.batches import Batch, RealBatches, steps_per_epoch
 from mmdd.encoders.dual import DualEncoder, ModelConfig, code_behind
+from mmdd.encoders.pairs import PAIRS
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.evaluation import SplitScorer
 from mmdd.files import atomic_write_text, load_state, load_tensors, save_state, save_tensors
@@ -198,9 +199,10 @@ def buffer_folder(config: ExpertConfig, context: "Context", folder: Path) -> Pat
 
 
 def _identity(config: ExpertConfig, context: "Context") -> dict[str, Any]:
-    # A distiller may add how its models start; that names the buffer, and no model's code.
+    # A distiller may add how its models start; that names the buffer, and no model's code. A model
+    # of the reader's own has no entry, and is known by its name alone.
     model = {k: v for k, v in context.model_config.items() if k in ModelConfig.model_fields}
-    modules, entry = code_behind(model)
+    modules, entry = code_behind(model) if model.get("pair") in PAIRS else ([], "")
     return {
         "experts": config.model_dump(mode="json", exclude={"count"}),
         "model": context.model_config,

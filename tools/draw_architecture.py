@@ -19,13 +19,16 @@ PICTURE = ROOT / "book" / "architecture.svg"
 # In the order in which data flow: a stage may import what stands before it.
 STAGES: dict[str, tuple[str, ...]] = {
     "Ground": ("errors", "files", "paths", "provenance", "_torchvision"),
-    "Losses": ("losses", "similarity", "synthetic", "retrieval"),
+    "Losses": ("losses", "similarity", "statistics", "synthetic", "retrieval"),
     "Data": ("data",),
     "Models": ("encoders", "protocols", "batches"),
     "Students and experts": ("evaluation", "experts", "interpolation"),
     "Selection": ("selection",),
     "Distillation": ("distill",),
-    "Runs": ("config", "grid", "presets", "store", "runs", "expert_jobs", "board", "sweep"),
+    "Runs": (
+        *("config", "combinations", "mistakes", "grid", "presets", "store", "runs"),
+        *("expert_jobs", "board", "sweep"),
+    ),
     "Readers of records": (
         *("rows", "tables", "costs", "variance", "significance", "ablations", "targets"),
         *("storage", "published", "claims"),
