@@ -25,5 +25,9 @@ class StoreError(MmddError):
     """The results store holds something that cannot be read, or does not fit the question."""
 
 
+class DiskError(MmddError):
+    """A file could not be written: the disk is full, or the folder may not be written."""
+
+
 class ArtefactError(MmddError):
     """A saved distilled set, checkpoint or weights file is damaged or of an unknown kind."""

@@ -7,6 +7,7 @@ independent of each other: several processes may fill one buffer, each takes wha
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmdd import losses
 from mmdd.batches import Batch, RealBatches, steps_per_epoch
+from mmdd.disk import locked
 from mmdd.encoders.dual import DualEncoder, ModelConfig, code_behind
 from mmdd.encoders.pairs import PAIRS
 from mmdd.errors import ArtefactError, NonFiniteError
 from mmdd.evaluation import SplitScorer
-from mmdd.files import atomic_write_text, load_state, load_tensors, save_state, save_tensors
+from mmdd.files import (
+    atomic_write_text,
+    load_checked,
+    load_checkpoint,
+    load_tensors,
+    remove_checkpoint,
+    save_checked,
+    save_checkpoint,
+)
 from mmdd.protocols import (
     Component,
     Protocol,
@@ -39,9 +49,12 @@ from mmdd.protocols import (
     trained_parameters,
 )
 from mmdd.provenance import source_hash
+from mmdd.seal import sealed, unsealed
 
 if TYPE_CHECKING:
     from mmdd.distill.loop import Context
+
+log = logging.getLogger(__name__)
 
 _SEEDS = 100_000  # experts draw their batches and projections from seeds that no student has
 
@@ -135,14 +148,14 @@ class ExpertBuffer:
         self.folder, self.layout = folder, layout
         self.manifests = []
         for number in range(count):
-            path = _expert_folder(folder, number) / "manifest.json"
             try:
-                self.manifests.append(json.loads(path.read_text(encoding="utf-8")))
+                self.manifests.append(_manifest(folder, number))
             except (OSError, ValueError) as error:
                 raise ArtefactError(
                     f"expert {number} of {folder} is not finished or its manifest is damaged "
                     f"({error}): train it again (`mmdd experts`), or ask for fewer."
                 ) from error
+        self._checked: set[Path] = set()
         self.snapshots = min(manifest["snapshots"] for manifest in self.manifests)
 
     def __len__(self) -> int:
@@ -152,10 +165,19 @@ class ExpertBuffer:
         """An expert's trained parameters after `snapshot` periods, (p,) float32 on the CPU.
 
         Snapshot 0 is the start: pretrained encoders, fresh projections. Only this snapshot is read
-        from the disk. Raises `ArtefactError` naming a damaged or missing file.
+        from the disk, and checked when this process reads it for the first time. Raises
+        `ArtefactError` naming a damaged or missing file.
         """
         path = _snapshot(self.folder, expert, snapshot)
-        flat = load_tensors(path)[0].get("parameters")
+        try:
+            # A checksum at every reading would take longer than the reading.
+            load = load_tensors if path in self._checked else load_checked
+            flat = load(path)[0].get("parameters")
+        except ArtefactError as error:
+            raise ArtefactError(
+                f"{error} Remove {path.parent}: the next run trains this expert again."
+            ) from error
+        self._checked.add(path)
         if flat is None or flat.numel() != sum(self.layout.sizes.values()):
             raise ArtefactError(f"{path} holds no parameters of this model: remove the buffer.")
         return flat.float()
@@ -226,8 +248,7 @@ def train_experts(
     loss stops being finite.
     """
     numbers = list(range(config.count)) if numbers is None else numbers
-    folder.mkdir(parents=True, exist_ok=True)
-    if all((_expert_folder(folder, n) / "manifest.json").exists() for n in numbers):
+    if all(_is_finished(folder, number) for number in numbers):
         return
     layout = Layout.of(context.model, context.protocol)
     about = {"identity": _identity(config, context), "parameters": layout.to_json()}
@@ -243,9 +264,8 @@ def train_experts(
     while waiting:
         left = []
         for number in waiting:
-            lock = FileLock(folder / f"expert-{number:03d}.lock")
             try:
-                with lock.acquire(timeout=patience):
+                with locked(folder / f"expert-{number:03d}.lock", patience):
                     _train(number, config, context, layout, folder, scorer, bar)
             except Timeout:
                 left.append(number)
@@ -263,7 +283,7 @@ def _train(
     bar: Any,
 ) -> None:
     here = _expert_folder(folder, number)
-    if (here / "manifest.json").exists():
+    if _is_finished(folder, number):
         bar.update(config.epochs)
         return
     real, device = context.real, context.real.device
@@ -286,8 +306,8 @@ def _train(
         "sum": 0.0,
     }
     state_file = here / "state.safetensors"
-    if state_file.exists():
-        state = load_state(state_file)
+    state = load_checkpoint(state_file)
+    if state is not None:
         layout.load(model, state["parameters"].to(device))
         optimizer.load_state_dict(state["optimizer"])
         done = state["done"]
@@ -319,10 +339,16 @@ def _train(
                 done["seconds"] += time.perf_counter() - begin
                 begin = time.perf_counter()
                 state = {"parameters": flat, "optimizer": optimizer.state_dict(), "done": done}
-                save_state(state_file, state)
+                save_checkpoint(state_file, state)
         bar.update()
         bar.set_postfix(expert=number, loss=f"{done['losses'][-1]:.3f}")
     kept = [_snapshot(folder, number, s) for s in range(done["snapshots"] + 1)]
+    try:
+        size = sum(path.stat().st_size for path in kept)
+    except OSError as error:
+        raise ArtefactError(
+            f"{here} has lost a file while its expert was trained ({error}): run again."
+        ) from error
     manifest = {
         "expert": number,
         "seed": seed,
@@ -331,10 +357,38 @@ def _train(
         "validation": done["validation"],
         "snapshots": done["snapshots"],
         "seconds": round(done["seconds"], 3),
-        "bytes": sum(path.stat().st_size for path in kept),
+        "bytes": size,
     }
-    atomic_write_text(here / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    state_file.unlink(missing_ok=True)
+    text = json.dumps(sealed(manifest), indent=1, sort_keys=True)
+    atomic_write_text(here / "manifest.json", text + "\n")
+    remove_checkpoint(state_file)
+
+
+def _manifest(folder: Path, number: int) -> dict[str, Any]:
+    """What a finished expert says of itself. Raises `OSError` or `ValueError`."""
+    path = _expert_folder(folder, number) / "manifest.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    return unsealed(found)
+
+
+def _is_finished(folder: Path, number: int) -> bool:
+    """True for an expert with a manifest and all of the bytes that it tells of."""
+    try:
+        manifest = _manifest(folder, number)
+        kept = (_snapshot(folder, number, s) for s in range(manifest["snapshots"] + 1))
+        size = sum(path.stat().st_size for path in kept)
+    except FileNotFoundError as error:
+        if "snapshot" in str(error.filename):
+            log.warning("%s is missing: its expert is trained again.", error.filename)
+        return False
+    except (OSError, ValueError) as error:
+        log.warning("expert %d of %s is damaged (%s): it is trained again.", number, folder, error)
+        return False
+    if size != manifest["bytes"]:
+        log.warning("expert %d of %s has lost bytes: it is trained again.", number, folder)
+    return bool(size == manifest["bytes"])
 
 
 def _batches(real: RealBatches, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
@@ -397,4 +451,4 @@ def _snapshot(folder: Path, expert: int, snapshot: int) -> Path:
 def _keep(folder: Path, number: int, snapshot: int, flat: Tensor, config: ExpertConfig) -> None:
     dtype = getattr(torch, config.dtype)
     header = {"expert": number, "snapshot": snapshot}
-    save_tensors(_snapshot(folder, number, snapshot), {"parameters": flat.to(dtype)}, header)
+    save_checked(_snapshot(folder, number, snapshot), {"parameters": flat.to(dtype)}, header)

@@ -1,10 +1,12 @@
 """Files that are either whole or absent: atomic writes, and tensors with JSON beside them.
 
-Nothing here unpickles: nested states are split into safetensors and a JSON header.
+Nothing here unpickles: nested states are split into safetensors and a JSON header. What is read
+back later carries a checksum of all that it says, so that a flipped bit is an error, not a result.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,17 +21,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmdd.disk import writing
 from mmdd.errors import ArtefactError
+from mmdd.seal import CHECKSUM, canonical
+
+log = logging.getLogger(__name__)
 
 _FORMAT_KEY = "mmdd"
 _ABANDONED_SECONDS = 3600.0
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
     """Call `write` with a temporary path beside `path`, flush it to disk, rename it into place.
 
-    After a kill at any moment `path` holds its old content or its new one, never a part.
+    After a kill at any moment `path` holds its old content or its new one, never a part. previous:
+    where the old content goes; between two renames it is then there and nothing at `path`. Raises
+    `DiskError` naming `path` when the disk is full or the folder may not be written; the old
+    content stays.
     """
+    with writing(path):
+        _replace(path, write, previous)
+
+
+def _replace(path: Path, write: Callable[[Path], None], previous: Path | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder, as writers such as safetensors put temporary files of their own beside the file.
     # What a kill leaves of it goes with a later write, when nobody can be at it any more.
@@ -47,6 +61,8 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors makes it private; give it the usual rights
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     _sync_folder(path.parent)
 
@@ -74,11 +90,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header into one .safetensors file, atomically."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    previous: Path | None = None,
+) -> None:
+    """Write tensors and a JSON header into one .safetensors file, as `atomic_write` does."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {_FORMAT_KEY: json.dumps(header, sort_keys=True)}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+    atomic_write(
+        path, lambda temporary: save_file(contiguous, temporary, metadata=metadata), previous
+    )
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -141,10 +164,10 @@ def unpack_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return skeleton["value"]
 
 
-def save_state(path: Path, state: Any) -> None:
+def save_state(path: Path, state: Any, previous: Path | None = None) -> None:
     """Save a nested state (dicts, lists, tensors, JSON values) atomically, without pickling."""
     tensors, skeleton = pack_state(state)
-    save_tensors(path, tensors, {"state": skeleton, "sha256": tensors_sha256(tensors)})
+    save_checked(path, tensors, {"state": skeleton}, previous)
 
 
 def load_state(path: Path) -> Any:
@@ -152,16 +175,76 @@ def load_state(path: Path) -> Any:
     tensors, header = load_tensors(path)
     if "state" not in header:
         raise ArtefactError(f"{path} holds no saved state: it is another kind of mmdd file.")
+    verify(path, tensors, header)
     try:
-        state = unpack_state(tensors, header["state"])
+        return unpack_state(tensors, header["state"])
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path}: the saved state is incomplete ({error}).") from error
-    if tensors_sha256(tensors) != header.get("sha256"):
+
+
+def save_checkpoint(path: Path, state: Any) -> None:
+    """`save_state`, where the state that `path` held so far is kept beside it."""
+    save_state(path, state, _previous(path))
+
+
+def load_checkpoint(path: Path) -> Any | None:
+    """The latest state of `save_checkpoint` that is whole, or None where there is none.
+
+    A damaged one is warned of, and the one before it taken.
+    """
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            return load_state(candidate)
+        except ArtefactError as error:
+            log.warning(
+                "%s It is left out: going on from an older state, or from the start.", error
+            )
+    return None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove what `save_checkpoint` has written, if there is something."""
+    with writing(path):
+        for candidate in (path, _previous(path)):
+            candidate.unlink(missing_ok=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def save_checked(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    previous: Path | None = None,
+) -> None:
+    """`save_tensors` with a checksum of tensors and header in the header."""
+    told = {**header, CHECKSUM: content_sha256(tensors, header)}
+    save_tensors(path, tensors, told, previous)
+
+
+def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`load_tensors` of what `save_checked` wrote. Raises `ArtefactError` for any other bit."""
+    tensors, header = load_tensors(path)
+    verify(path, tensors, header)
+    return tensors, header
+
+
+def verify(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Raise `ArtefactError` naming `path` unless the checksum in the header fits the content."""
+    if content_sha256(tensors, header) != header.get(CHECKSUM):
         raise ArtefactError(
-            f"{path}: the checksum does not match the tensors: the file is damaged. Remove it to "
-            "start again."
+            f"{path}: the checksum in the header does not match the content: the file was changed "
+            "or damaged; fetch a fresh copy, or remove it to make it again."
         )
-    return state
+
+
+def content_sha256(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 over tensors and a JSON header, as 64 hex digits; a checksum in it does not count."""
+    return hashlib.sha256(f"{tensors_sha256(tensors)}|{canonical(header)}".encode()).hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

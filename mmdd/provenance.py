@@ -16,6 +16,7 @@ _WITHOUT_EFFECT = {
     "board.py",
     "combinations.py",  # it refuses, and what it lets pass stays the same
     "data/download.py",
+    "disk.py",
     "doctor.py",
     "grid.py",
     "encoders/pairs.py",  # what an entry says counts for the runs that use it: see `entries`
@@ -24,6 +25,7 @@ _WITHOUT_EFFECT = {
     "presets.py",
     "provenance.py",
     "published.py",
+    "seal.py",
     "store.py",
     "sweep.py",
     "tables.py",

@@ -1,5 +1,6 @@
 """From a configuration to a record: select, distil, train students, score, remember."""
 
+import logging
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,17 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 
 from mmdd.batches import RealBatches, real_pairs
 from mmdd.config import RunConfig, is_stale, method_entry
 from mmdd.data.open import open_dataset
 from mmdd.data.pairs import PairDataset
+from mmdd.disk import locked
 from mmdd.distill import METHODS
 from mmdd.distill.loop import Context, Progress, distill
 from mmdd.encoders import DualEncoder, build_model
-from mmdd.errors import ConfigError, StoreError
+from mmdd.errors import ArtefactError, ConfigError, StoreError
 from mmdd.evaluation import evaluate
+from mmdd.files import remove_checkpoint
 from mmdd.paths import cache_dir
 from mmdd.provenance import environment, resolve_device
 from mmdd.retrieval import chance_recall
@@ -29,6 +31,8 @@ from mmdd.selection import Candidates, select
 from mmdd.selection.noise import noise_like
 from mmdd.store import SCHEMA, ResultsStore
 from mmdd.synthetic import SyntheticPairs
+
+log = logging.getLogger(__name__)
 
 METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "mean")
 
@@ -199,9 +203,8 @@ def _make_set(
     folder: Path,
 ) -> tuple[SyntheticPairs, dict[str, Any]]:
     path = set_path(folder, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Points of a sweep that differ in the evaluation share a set: the first one makes it.
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         return _make_set_alone(config, dataset, template, device, folder, path)
 
 
@@ -213,11 +216,12 @@ def _make_set_alone(
     folder: Path,
     path: Path,
 ) -> tuple[SyntheticPairs, dict[str, Any]]:
-    if path.exists():
-        kept = SyntheticPairs.load(path)
+    kept = _kept_set(path)
+    if kept is not None:
         # A set made by other code, or of other data, is not this run's: make it again.
         current = (config.set_source_hash, dataset.fingerprint)
-        if (kept.metadata.get("source_hash"), kept.metadata["dataset_fingerprint"]) == current:
+        made_by = (kept.metadata.get("source_hash"), kept.metadata.get("dataset_fingerprint"))
+        if made_by == current:
             return kept, kept.metadata["cost"]
     result, seconds = _initial_pairs(config, dataset, template)
     cost = _no_cost() | {"init_seconds": round(seconds, 3)}
@@ -237,8 +241,19 @@ def _make_set_alone(
         "cost": cost,
     }
     result.save(path)
-    _checkpoint_path(folder, config).unlink(missing_ok=True)
+    remove_checkpoint(_checkpoint_path(folder, config))
     return result, cost
+
+
+def _kept_set(path: Path) -> SyntheticPairs | None:
+    """The set of an earlier run, if it is there and whole."""
+    if not path.exists():
+        return None
+    try:
+        return SyntheticPairs.load(path)
+    except ArtefactError as error:
+        log.warning("%s It is made again.", error)
+        return None
 
 
 def set_path(folder: Path, config: RunConfig) -> Path:

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from mmdd.disk import locked, writing
 from mmdd.errors import StoreError
 from mmdd.files import atomic_write_text
+from mmdd.seal import sealed, unsealed
 
-SCHEMA = 1
+SCHEMA = 2
+_CHECKED = 2  # from this schema on a record carries a checksum; older ones stay as they are
 _SWEEPS = "[!.]*"  # hidden folders belong to files that are being written, and come and go
 
 
@@ -58,12 +59,11 @@ class ResultsStore:
         sweep = record["sweep"]
         path = self.working_folder(sweep) / f"{record['run_id']}.json"
         with self._lock(sweep):  # or packing could remove it right after reading the one before
-            atomic_write_text(path, json.dumps(record, sort_keys=True, indent=1) + "\n")
+            atomic_write_text(path, json.dumps(_to_write(record), sort_keys=True, indent=1) + "\n")
         return path
 
-    def _lock(self, sweep: str) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / f".{sweep}.lock")
+    def _lock(self, sweep: str) -> AbstractContextManager[None]:
+        return locked(self.folder / f".{sweep}.lock")
 
     def working_folder(self, sweep: str) -> Path:
         """The folder of a sweep's records, checkpoints and sets."""
@@ -89,11 +89,16 @@ class ResultsStore:
         merged |= {record["run_id"]: record for record in map(_read, singles)}
         if not merged:
             raise StoreError(f"sweep {sweep!r} has no record under {self.folder}: nothing to pack.")
-        lines = [json.dumps(merged[run_id], sort_keys=True) for run_id in sorted(merged)]
+        lines = [json.dumps(_to_write(merged[i]), sort_keys=True) for i in sorted(merged)]
         atomic_write_text(target, "\n".join(lines) + "\n")
-        for path in singles:
-            path.unlink()
+        with writing(self.working_folder(sweep)):
+            for path in singles:
+                path.unlink()
         return target
+
+
+def _to_write(record: dict[str, Any]) -> dict[str, Any]:
+    return sealed(record) if record["schema"] >= _CHECKED else record
 
 
 def _age(record: dict[str, Any]) -> str:
@@ -127,6 +132,9 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         named = [isinstance(record[key], str) for key in ("run_id", "sweep")]
         if not all(named):
             raise TypeError("run_id and sweep must be strings")
+        # A new record that has lost its checksum is as damaged as one that does not fit it.
+        if not newer and (record["schema"] >= _CHECKED or "sha256" in record):
+            record = unsealed(record)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _unreadable(where, error) from error
     if newer:

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from mmdd.board import Board
 from mmdd.config import RunConfig, is_stale
+from mmdd.disk import require_writable
 from mmdd.errors import ConfigError
 from mmdd.grid import expand, nest, read_sweep
 from mmdd.store import ResultsStore
@@ -139,9 +140,11 @@ def run_jobs(
     A failing job stops no other; all of its output is kept in `<sweep>/errors/<name>.txt`. A job
     that another sweep is at is waited for. An interrupt stops what runs, here, and keeps records
     and checkpoints. Raises `ConfigError` for a notebook without a parameters cell, or a parameter
-    that it does not declare. Book: notebooks/run.
+    that it does not declare, and `DiskError` for a folder of results that may not be written.
+    Book: notebooks/run.
     """
     check_notebook(notebook, {key for job in jobs for key in job.parameters})
+    require_writable(store.working_folder(sweep))  # one error, not one of each job
     order = (str(store.folder.resolve()), sweep, str(Path(notebook).resolve()), retries)
     failed: dict[str, str] = {}
     begun: dict[str, float] = {}

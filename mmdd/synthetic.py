@@ -1,8 +1,6 @@
 """`SyntheticPairs`, the one artefact that every method starts from and returns."""
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdd.errors import ArtefactError, ConfigError
-from mmdd.files import load_tensors, save_tensors, tensors_sha256
+from mmdd.files import load_tensors, save_checked, verify
 from mmdd.similarity import (
     FullSimilarity,
     IdentitySimilarity,
@@ -144,8 +142,7 @@ class SyntheticPairs:
                     "rank": self.similarity.rank,
                     "alpha": self.similarity.alpha,
                 }
-        header["sha256"] = _checksum(tensors, header)
-        save_tensors(Path(path), tensors, header)
+        save_checked(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "SyntheticPairs":
@@ -163,11 +160,7 @@ class SyntheticPairs:
                 f"{path} has format version {version!r}; this mmdd reads version "
                 f"{VERSION}: install the mmdd that wrote it, or a newer one."
             )
-        if _checksum(tensors, header) != header.get("sha256"):
-            raise ArtefactError(
-                f"{path}: the checksum in the header does not match the content: the file was "
-                "changed or damaged; fetch a fresh copy."
-            )
+        verify(Path(path), tensors, header)
         while version != VERSION:
             tensors, header = _MIGRATIONS[version]((tensors, header))
             version = header["version"]
@@ -184,14 +177,6 @@ class SyntheticPairs:
             )
         except _UNUSABLE as error:
             raise ArtefactError(f"{path} is not a usable distilled set: {error}") from error
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    # The header counts too: alpha or a learning rate is as much a part of the set as its pixels.
-    rest = {name: value for name, value in header.items() if name != "sha256"}
-    # Through JSON once before sorting: there and back, integer keys turn into strings.
-    text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)
-    return hashlib.sha256(f"{tensors_sha256(tensors)}|{text}".encode()).hexdigest()
 
 
 def _require_number(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -336,6 +337,45 @@ def test_damage_is_named(make_context: MakeContext, tmp_path: Path) -> None:
     manifest.write_text("{")
     with pytest.raises(ArtefactError, match="expert 1 "):
         ExpertBuffer(buffer.folder, buffer.layout, 2)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "cut off", "vanished", "state"])
+def test_a_damaged_expert_is_trained_again(
+    make_context: MakeContext, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = make_context()
+    buffer, _ = prepare_experts(config(), context, tmp_path, progress=False)
+    whole = {path: path.read_bytes() for path in buffer.folder.glob("*/snapshot-*")}
+    here = buffer.folder / "expert-001"
+    manifest, snapshot = here / "manifest.json", here / "snapshot-0001.safetensors"
+    if damage == "manifest":
+        manifest.write_text(manifest.read_text().replace('"snapshots": 2', '"snapshots": 1'))
+    elif damage == "cut off":
+        snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    elif damage == "vanished":
+        snapshot.unlink()
+    else:
+        manifest.unlink()
+        (here / "state.safetensors").write_bytes(b"half a state")
+    prepare_experts(config(), context, tmp_path, progress=False)
+    assert "expert" in caplog.text
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert len(list(here.iterdir())) == 4  # the start, two snapshots, a manifest
+
+
+def test_a_flipped_bit_in_a_snapshot_is_refused(make_context: MakeContext, tmp_path: Path) -> None:
+    buffer, _ = prepare_experts(config(), make_context(), tmp_path, progress=False)
+    path = experts._snapshot(buffer.folder, 1, 2)
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ArtefactError, match=r"checksum.* Remove .*expert-001: the next run trains"):
+        buffer.read(1, 2)
+    shutil.rmtree(path.parent)
+    again, _ = prepare_experts(config(), make_context(), tmp_path, progress=False)
+    content[-1000] ^= 1
+    assert path.read_bytes() == bytes(content)
+    again.read(1, 2)
 
 
 def test_an_expert_that_diverges_says_so(make_context: MakeContext, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mmdd.files import (
     load_state,
     load_tensors,
     pack_state,
+    save_checked,
     save_state,
     save_tensors,
     tensors_sha256,
@@ -346,10 +347,10 @@ def test_a_state_that_is_none_of_ours(tmp_path: Path) -> None:
     save_tensors(path, {}, {"format": "something else"})
     with pytest.raises(ArtefactError, match="another kind of mmdd file"):
         load_state(path)
-    save_tensors(path, {}, {"state": {"tensor": "/gone"}})
+    save_checked(path, {}, {"state": {"tensor": "/gone"}})
     with pytest.raises(ArtefactError, match="incomplete"):
         load_state(path)
-    save_tensors(path, {}, {"state": {"unknown": 1}})
+    save_checked(path, {}, {"state": {"unknown": 1}})
     with pytest.raises(ArtefactError, match="incomplete"):
         load_state(path)
 

@@ -163,6 +163,7 @@ DAMAGED = [
     b"[1, 2]",
     b'{"run_id": "b", "sweep": "s"}',
     b'{"schema": 1, "sweep": "s"}',
+    b'{"schema": 2, "run_id": "b", "sweep": "s"}',
     b'{"schema": "x", "run_id": "b", "sweep": "s"}',
     b'{"schema": 1, "run_id": "b", "sweep": "\xff"}',
     b"<<<<<<< HEAD",
@@ -199,12 +200,12 @@ def test_a_damaged_line_is_named(store: ResultsStore, content: bytes) -> None:
 
 def test_a_newer_schema_is_refused(store: ResultsStore) -> None:
     store.write(record("a") | {"schema": SCHEMA + 1})
-    with pytest.raises(StoreError, match=r"a\.json has schema 2.*install a newer"):
+    with pytest.raises(StoreError, match=r"a\.json has schema 3.*install a newer"):
         store.find("a")
     with pytest.raises(StoreError, match="install a newer"):
         store.pack("s")
     (store.folder / "s" / "a.json").rename(store.folder / "x.jsonl")
     text = json.dumps(record("a") | {"schema": SCHEMA + 1})
     (store.folder / "x.jsonl").write_text(text + "\n")
-    with pytest.raises(StoreError, match=r"x\.jsonl, line 1 has schema 2"):
+    with pytest.raises(StoreError, match=r"x\.jsonl, line 1 has schema 3"):
         ids(store)

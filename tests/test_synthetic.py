@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from mmdd import synthetic
 from mmdd.errors import ArtefactError, ConfigError
-from mmdd.files import save_state, save_tensors
+from mmdd.files import content_sha256, save_state, save_tensors
 from mmdd.similarity import (
     FullSimilarity,
     IdentitySimilarity,
     LowRankSimilarity,
     Similarity,
 )
-from mmdd.synthetic import FORMAT, VERSION, SyntheticPairs, _checksum
+from mmdd.synthetic import FORMAT, VERSION, SyntheticPairs
 
 
 def similarity_of(kind: str | None, n: int) -> Similarity | None:
@@ -369,7 +369,7 @@ def test_a_well_formed_file_with_foreign_content_is_refused(
         "learning_rates": learning_rates,
         "metadata": {},
     }
-    header["sha256"] = _checksum(tensors, header)
+    header["sha256"] = content_sha256(tensors, header)
     save_tensors(tmp_path / "set", tensors, header)
     with pytest.raises(ArtefactError, match="not a usable distilled set"):
         SyntheticPairs.load(tmp_path / "set")

@@ -10,7 +10,6 @@ is picked up where its journal ends; it gets its final name by one rename, after
 has been synced to disk.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -22,20 +21,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm.auto import tqdm
 
 from mmdd.data.decode import Undecodable, decode_image, truncation_is_an_error
 from mmdd.data.report import Report
+from mmdd.disk import FULL, locked, writing
 from mmdd.errors import DataError
 from mmdd.paths import cache_dir
+from mmdd.seal import sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ _FLUSH_SECONDS = 1.0
 # Images per task handed to a thread.
 _CHUNK = 8
 _SPARE_BYTES = 64 * 2**20
+# Rows that are read at a time to check them: what they take in memory.
+_CHECKED_ROWS = 64
+_SIDECAR_FORMAT = 2  # the first with a checksum
 
 _DATA, _SIDECAR, _JOURNAL = "images.npy", "cache.json", "journal.jsonl"
 
@@ -109,7 +113,9 @@ def prepare_images(
     interrupted call is continued by the next one, and two processes may ask for the same cache.
 
     Raises `SourceError` naming every image that cannot be decoded, and `DataError` for no or
-    repeated names, a size below one, no folder `root`, no decodable image, or a full disk.
+    repeated names, a size below one, no folder `root`, no decodable image, or a full disk;
+    `DiskError` where the cache may not be written. A finished cache is read once and checked when
+    it is opened; one that is damaged is made again.
 
     Book: notebooks/01_data.
     """
@@ -119,7 +125,8 @@ def prepare_images(
     refuse = on_failures or _refuse(root)
     folder = Path(cache) if cache is not None else cache_dir()
     folder = folder / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
     stats = [_stat(root / name) for name in names]
     key = _source_key(names, root, stats)
@@ -127,7 +134,7 @@ def prepare_images(
     prepared = _open(final, names, size, key)
     if prepared is None:
         work = folder / f"{_work_key(names, root, size)[:20]}.partial"
-        with _locked(work.with_suffix(".lock")):
+        with _locked(work.with_suffix(".lock")), writing(work):
             prepared = _open(final, names, size, key)
             if prepared is None:
                 _make(work, final, names, root, size, stats, key, refuse, workers, progress)
@@ -212,23 +219,68 @@ def _work_key(names: list[str], root: Path, size: int) -> str:
 def _open(folder: Path, names: list[str], size: int, key: str) -> PreparedImages | None:
     """The finished cache in `folder`, or None when there is none or it is damaged."""
     try:
-        sidecar = json.loads((folder / _SIDECAR).read_text(encoding="utf-8"))
+        sidecar = _read_sidecar(folder)
         if sidecar["source_key"] != key:
             return None
-        images = np.load(folder / sidecar["data"], mmap_mode="r")
+        failed = {name for group in sidecar["failures"].values() for name in group}
+        kept = np.array([i for i, name in enumerate(names) if name not in failed], dtype=np.int64)
+        images = _read_only(folder / sidecar["data"], len(kept), size)
+        digests = list(_row_digests(folder / sidecar["data"], range(len(kept)), len(kept), size))
+        if _content(digests, size) != sidecar["content"]:
+            raise ValueError("its pixels do not match their checksum")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    # What a sidecar from before it had a checksum can hold, too.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("the image cache %s is damaged (%s): it will be made again", folder, error)
-        return None
-    failed = {name for group in sidecar["failures"].values() for name in group}
-    kept = np.array([i for i, name in enumerate(names) if name not in failed], dtype=np.int64)
-    if images.dtype != np.uint8 or images.shape != (len(kept), size, size, 3):
-        log.warning("the image cache %s has an unexpected shape: it will be made again", folder)
         return None
     return PreparedImages(
         images, kept, sidecar["failures"], sidecar["content"], sidecar["identical"], folder
     )
+
+
+def _read_sidecar(folder: Path) -> dict[str, Any]:
+    sidecar = json.loads((folder / _SIDECAR).read_text(encoding="utf-8"))
+    # Those of before have neither; a flipped bit leaves one of the two.
+    if "format" in sidecar or "sha256" in sidecar:
+        sidecar = unsealed(sidecar)
+    return dict(sidecar)
+
+
+def _read_only(data: Path, rows: int, size: int) -> np.ndarray:
+    """The array of a file that starts and ends as it should, as a memory map."""
+    header, shape = _header(rows, size), (rows, size, size, 3)
+    with open(data, "rb") as file:
+        if file.read(len(header)) != header:
+            raise ValueError("its array does not begin as it should")
+    if data.stat().st_size != len(header) + rows * size * size * 3:
+        raise ValueError("its array does not have the size that it should")
+    return np.memmap(data, np.uint8, "r", len(header), shape)
+
+
+def _row_digests(data: Path, rows: Sequence[int], total: int, size: int) -> Iterator[bytes]:
+    """SHA-256 of the pixels of some rows of an array file, in their order.
+
+    Read, not mapped: pages of a map would count as memory of this process.
+    """
+    row_bytes, offset = size * size * 3, len(_header(total, size))
+    with open(data, "rb") as file, ThreadPoolExecutor(default_workers()) as pool:
+
+        def read(row: int) -> bytes:
+            file.seek(offset + row * row_bytes)
+            return file.read(row_bytes)
+
+        for start in range(0, len(rows), _CHECKED_ROWS):
+            part = rows[start : start + _CHECKED_ROWS]
+            yield from pool.map(lambda held: hashlib.sha256(held).digest(), map(read, part))
+
+
+def _content(digests: Sequence[bytes], size: int) -> str:
+    """What names all pixels together. digests: SHA-256 of each row."""
+    content = hashlib.sha256(f"{len(digests)} {size} {size} 3\n".encode())
+    for digest in digests:
+        content.update(digest)
+    return content.hexdigest()
 
 
 # Making a cache
@@ -237,16 +289,13 @@ def _open(folder: Path, names: list[str], size: int, key: str) -> PreparedImages
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keep other processes out; the system drops the lock if its holder is killed."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another process is preparing these images (%s): waiting", path)
-        lock.acquire()
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, 0))
+        except Timeout:
+            log.info("another process is preparing these images (%s): waiting", path)
+            stack.enter_context(locked(path))
         yield
-    finally:
-        lock.release()
 
 
 def _make(
@@ -264,8 +313,8 @@ def _make(
     if final.exists():  # `_open` found it damaged
         shutil.rmtree(final)
     work.mkdir(exist_ok=True)
-    sealed = _open(work, names, size, key)  # an earlier call was stopped just before the rename
-    if sealed is None:
+    stopped = _open(work, names, size, key)  # an earlier call was stopped just before the rename
+    if stopped is None:
         (work / _SIDECAR).unlink(missing_ok=True)
         try:
             rows = _decode_all(work, names, root, size, stats, workers, progress)
@@ -273,14 +322,14 @@ def _make(
             on_failures(failures)
             _seal(work, names, size, rows, failures, key, progress)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             raise DataError(
                 f"the disk is full while preparing images in {work}: make room and run again, "
                 "what is decoded so far is kept."
             ) from error
     else:
-        on_failures(sealed.failures)
+        on_failures(stopped.failures)
     _tidy(work)
     try:
         os.rename(work, final)
@@ -308,6 +357,7 @@ def _decode_all(
     length = len(header) + len(names) * row_bytes
     whole = data.exists() and data.stat().st_size == length
     done = _read_journal(journal, stats) if whole else {}
+    done = _still_there(data, done, len(names), size)
     _allocate(data, header, length, fresh=not done)
     _write_atomically(journal, "".join(_line(done[i]) for i in sorted(done)))
     if done:
@@ -436,9 +486,22 @@ def _read_journal(journal: Path, stats: list[_Stat]) -> dict[int, _Row]:
             break  # cut off by a kill: everything after it is unknown
         if not line.endswith("\n"):
             break
-        if row.pixels and stats[row.row] == (row.bytes, row.mtime_ns):
+        known = isinstance(row.row, int) and 0 <= row.row < len(stats)
+        if row.pixels and known and stats[row.row] == (row.bytes, row.mtime_ns):
             done[row.row] = row
     return done
+
+
+def _still_there(data: Path, done: dict[int, _Row], total: int, size: int) -> dict[int, _Row]:
+    """The rows whose pixels are what the journal promises."""
+    if not done:
+        return {}
+    rows = list(done)
+    digests = zip(rows, _row_digests(data, rows, total, size), strict=True)
+    whole = {row: done[row] for row, digest in digests if digest.hex() == done[row].pixels}
+    if len(whole) < len(done):
+        log.warning("%d images of %s are damaged and decoded again", len(done) - len(whole), data)
+    return whole
 
 
 def _failures(names: list[str], rows: list[_Row]) -> Failures:
@@ -470,19 +533,17 @@ def _seal(
     owners: dict[str, list[str]] = {}
     for row in kept:
         owners.setdefault(row.pixels, []).append(names[row.row])
-    content = hashlib.sha256(f"{len(kept)} {size} {size} 3\n".encode())
-    for row in kept:
-        content.update(bytes.fromhex(row.pixels))
     sidecar = {
+        "format": _SIDECAR_FORMAT,
         "data": data,
         "source_key": key,
         "size": size,
-        "content": content.hexdigest(),
+        "content": _content([bytes.fromhex(row.pixels) for row in kept], size),
         "failures": failures,
         "identical": [group for group in owners.values() if len(group) > 1],
         "pillow": PIL.__version__,
     }
-    _write_atomically(work / _SIDECAR, json.dumps(sidecar, indent=1))
+    _write_atomically(work / _SIDECAR, json.dumps(sealed(sidecar), indent=1))
 
 
 def _tidy(work: Path) -> None:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from mmdd.batches import RealBatches
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ArtefactError, NonFiniteError
-from mmdd.files import load_state, save_state
+from mmdd.files import load_checkpoint, save_checkpoint
 from mmdd.protocols import Protocol
 from mmdd.synthetic import SyntheticPairs
 
@@ -150,8 +150,9 @@ def distill(
     """Run a method for a number of iterations; returns the set and what the run cost.
 
     checkpoint: a file to go on from if it exists, and to write every `checkpoint_every`
-    iterations, atomically. clip: largest norm of each learnable's gradient. callback: called with
-    (finished iterations, a copy of the set) every `callback_every` iterations and at the end.
+    iterations, atomically; where it is damaged, the one before it counts, or a new start. clip:
+    largest norm of each learnable's gradient. callback: called with (finished iterations, a copy of
+    the set) every `callback_every` iterations and at the end.
 
     Raises `NonFiniteError` at the first loss, gradient or set that is not finite, with the method,
     the iteration and the setting to change; the last finite set is kept beside the checkpoint as
@@ -188,7 +189,7 @@ def distill(
         last = done.iterations == iterations
         if checkpoint is not None and (last or done.iterations % checkpoint_every == 0):
             state = {"method": method.state_dict(), "progress": vars(done)}
-            save_state(checkpoint, state | {"owner": _owner(method)})
+            save_checkpoint(checkpoint, state | {"owner": _owner(method)})
         if callback is not None and (last or done.iterations % callback_every == 0):
             callback(done.iterations, method.export())
     bar.close()
@@ -196,9 +197,9 @@ def distill(
 
 
 def _resume(method: Distiller, checkpoint: Path | None) -> Progress:
-    if checkpoint is None or not checkpoint.exists():
+    state = None if checkpoint is None else load_checkpoint(checkpoint)
+    if state is None:
         return Progress()
-    state = load_state(checkpoint)
     try:
         # Shapes alone do not tell: other settings would silently go on from this one's.
         other = [key for key, value in _owner(method).items() if state["owner"][key] != value]

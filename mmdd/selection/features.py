@@ -2,25 +2,29 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from mmdd.batches import RealBatches, inference, pixels
+from mmdd.disk import locked
 from mmdd.encoders.dual import DualEncoder, code_behind
 from mmdd.errors import ArtefactError, ConfigError, NonFiniteError
 from mmdd.evaluation import EvaluationConfig, train_student
-from mmdd.files import load_tensors, save_tensors, tensors_sha256
+from mmdd.files import load_checked, save_checked
 from mmdd.paths import cache_dir
 from mmdd.protocols import Protocol
 from mmdd.provenance import source_hash
 from mmdd.selection.base import Candidates, Selection
+
+log = logging.getLogger(__name__)
 
 # Selections see images and texts in one way, whatever the protocol that the run is evaluated under.
 PROTOCOL: Protocol = "image+text_head"
@@ -139,23 +143,20 @@ def kept(
     """
     if not candidates.model_config:
         return make()
-    folder = cache_dir() / "features"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{_key(candidates, module)}.safetensors"
+    path = cache_dir() / "features" / f"{_key(candidates, module)}.safetensors"
     begin = time.perf_counter()
-    with FileLock(f"{path}.lock"):  # two runs of a sweep do not compute the same thing at once
+    with locked(Path(f"{path}.lock")):  # two runs of a sweep do not compute the same thing at once
         candidates.saved_seconds -= time.perf_counter() - begin  # waiting is no cost of the run
         try:
-            found, header = load_tensors(path)
-            if tensors_sha256(found) == header["sha256"]:
-                candidates.saved_seconds += header["seconds"]
-                return found
-        except (ArtefactError, KeyError):
-            pass  # not there, or damaged
+            found, header = load_checked(path)
+            candidates.saved_seconds += header["seconds"]
+            return found
+        except ArtefactError as error:
+            if path.exists():
+                log.warning("%s It is made again.", error)
         begin = time.perf_counter()
         found = make()
-        header = {"seconds": time.perf_counter() - begin, "sha256": tensors_sha256(found)}
-        save_tensors(path, found, header)
+        save_checked(path, found, {"seconds": time.perf_counter() - begin})
     return found
 
 

@@ -204,12 +204,36 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert path.read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_refused(make_context: MakeContext, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_left_out(
+    make_context: MakeContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one before it is gone on from, or the start: to the same bits either way."""
     path = tmp_path / "checkpoint.safetensors"
-    distill(covmatch(make_context()), 2, checkpoint=path, progress=False)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ArtefactError, match="checkpoint"):
-        distill(covmatch(make_context()), 4, checkpoint=path, progress=False)
+    older = tmp_path / "checkpoint.previous.safetensors"
+    whole, _ = distill(covmatch(make_context()), 12, progress=False)
+    for broken, begins in (([], 6), ([path], 4), ([path, older], 0)):
+        for name in (path, older):
+            name.unlink(missing_ok=True)
+        distill(covmatch(make_context()), 6, checkpoint=path, checkpoint_every=2, progress=False)
+        for name in broken:
+            content = bytearray(name.read_bytes())
+            content[len(content) // 2] ^= 8
+            name.write_bytes(bytes(content))
+        caplog.clear()
+        seen: list[int] = []
+        again, _ = distill(
+            covmatch(make_context()),
+            12,
+            checkpoint=path,
+            progress=False,
+            callback=lambda done, _: seen.append(done),  # noqa: B023
+            callback_every=1,
+        )
+        assert seen[0] == begins + 1
+        assert_same_bits(whole, again)
+        assert [str(name) in caplog.text for name in (path, older)] == [
+            name in broken for name in (path, older)
+        ]
 
 
 def test_more_iterations_go_on_from_a_shorter_run(
