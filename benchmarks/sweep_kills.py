@@ -18,15 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
+from _kills import command, family, records, shoot
 from tqdm.auto import tqdm
 
 from mmdd.files import atomic_write_text
 from mmdd.grid import load_sweep
 from mmdd.runs import run
-from mmdd.store import ResultsStore
 
 RECORD = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[1]
@@ -52,15 +51,6 @@ def write_grid(path: Path, points: int) -> None:
     path.write_text(yaml.safe_dump(grid))
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """What a run's students reached, by run id: all that does not depend on the clock."""
-    kept = ("student_seed", "test", "validation", "best_on_test", "curve", "steps")
-    return {
-        record["run_id"]: [{key: student[key] for key in kept} for student in record["students"]]
-        for record in ResultsStore(folder).records()
-    }
-
-
 def start(grid: Path, results: Path, jobs: int) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "mmdd", "sweep", str(grid), "--jobs", str(jobs)]
     words += ["--results", str(results), "--retries", "0"]
@@ -69,32 +59,13 @@ def start(grid: Path, results: Path, jobs: int) -> subprocess.Popen[bytes]:
 
 def hit(sweep: subprocess.Popen[bytes], target: str, rng: random.Random) -> bool:
     """Kill what is aimed at and all that it started; false where there is no such thing."""
-    try:
-        family = psutil.Process(sweep.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return False
-    if target == "sweep":
-        victims = [psutil.Process(sweep.pid), *family]
-    else:
+    victims = family(sweep.pid)
+    if target != "sweep":
         word = {"kernel": "ipykernel_launcher", "papermill": "papermill"}[target]
-        fitting = [p for p in family if word in " ".join(_command(p))]
-        if not fitting:
-            return False
-        chosen = rng.choice(fitting)
-        victims = [chosen, *chosen.children(recursive=True)]
-    for process in victims:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    return True
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # gone since, or a zombie
-        return []
+        fitting = [p for p in victims[1:] if word in " ".join(command(p))]
+        victims = family(rng.choice(fitting).pid) if fitting else []
+    shoot(victims)
+    return bool(victims)
 
 
 def main() -> None:
@@ -114,7 +85,7 @@ def main() -> None:
         points = load_sweep(grid, {"threads": 1, "progress": False})
         for point in tqdm(points, desc="undisturbed"):
             run(point, folder / "calm")
-        calm = scores(folder / "calm")
+        calm = records(folder / "calm")
 
         results = folder / "killed"
         done, rounds, begin = dict.fromkeys(TARGETS, 0), 0, time.perf_counter()
@@ -140,7 +111,7 @@ def main() -> None:
         bar.close()
         seconds = time.perf_counter() - begin
         again = start(grid, results, wanted.jobs)
-        found = scores(results)
+        found = records(results)
         leftovers = [p.name for p in (results / "kills").rglob("*.part.ipynb")]
         record = {
             "points": len(points),
