@@ -15,6 +15,7 @@ TOOL = ROOT / "tools" / "kill_runs.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(TOOL), "--kills", "8", "--record", str(tmp_path / "kills.json"),

@@ -66,14 +66,15 @@ EXPERTS = {"count": 3, "epochs": 3, "batch_size": 16, "snapshot_every": 3, "mome
 
 # Reads lines of JSON and forks `job` for each: importing torch once saves seconds each.
 SERVER = """
-import json, os, signal, sys, traceback
+import json, os, sys, tempfile, traceback
 import torch
 from mmdd.__main__ import main
 from mmdd.config import DatasetConfig, RunConfig, RuntimeConfig
 from mmdd.data.open import open_dataset
-from mmdd.data.readers import read_karpathy
+from mmdd.data import readers
 from mmdd.expert_jobs import train_expert
 from mmdd.presets import preset
+from mmdd.runs import run
 
 torch.set_num_threads(1)
 
@@ -92,7 +93,11 @@ def job(step, folder, options):
         sys.argv += [word for text in words for word in ("--set", text)]
         main()
 
-open_dataset(DatasetConfig(**json.loads(sys.argv[1])), RuntimeConfig(progress=False))  # once
+# A first run here, and what it imports is not imported by each child.
+with tempfile.TemporaryDirectory() as folder:
+    os.environ["MMDD_CACHE"] = folder
+    options = json.loads(sys.argv[1])
+    run(preset("tiny", **options), folder)
 print("ready", flush=True)
 for line in sys.stdin:
     step, folder, options, log = json.loads(line)
@@ -134,8 +139,11 @@ class Forks:
     """Starts work as children of one process that has imported everything."""
 
     def __init__(self) -> None:
+        warm = {"dataset": SMALL, "protocol": "image+text_head", "pairs": 2, "evaluation": FEW}
+        warm |= {"method": "covmatch", "settings": {"iterations": 1, "real_batch": 8}}
+        warm["runtime"] = {"progress": False, "device": "cpu"}
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(SMALL)],
+            [sys.executable, "-c", SERVER, json.dumps(warm)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
