@@ -275,8 +275,15 @@ def outcome(work: Work) -> dict[str, Any]:
 class Killer:
     """Kills work of one step until each signal has hit it as often as asked for."""
 
-    def __init__(self, step: str, wanted: dict[signal.Signals, int], folder: Path, forks: Forks,
-                 rng: random.Random, bar: "tqdm[Any]") -> None:  # fmt: skip
+    def __init__(
+        self,
+        step: str,
+        wanted: dict[signal.Signals, int],
+        folder: Path,
+        forks: Forks | None,
+        rng: random.Random,
+        bar: "tqdm[Any]",
+    ) -> None:
         self.step, self.folder, self.forks, self.rng, self.bar = step, folder, forks, rng, bar
         self.left = +Counter(wanted)
         self.tried: Counter[signal.Signals] = Counter()
@@ -309,7 +316,9 @@ class Killer:
         }  # fmt: skip
 
     def _start(self, work: Work) -> Callable[[float | None, signal.Signals], int]:
-        return start_sweep(work, self.rng) if self.step == "sweep" else self.forks.start(work)
+        if self.forks is None or self.step == "sweep":
+            return start_sweep(work, self.rng)
+        return self.forks.start(work)
 
     def run(self) -> None:
         kinds = len(DISTIL) if self.step == "distil" else 1
@@ -441,13 +450,15 @@ def main() -> None:
         folder = Path(name)
         write_photos(folder / "photos")
         write_grid(folder / "kills.yaml")
-        forks = Forks()
+        # A sweep starts processes of its own.
+        forks = Forks() if set(wanted.steps) != {"sweep"} else None
         killers = []
         with tqdm(total=wanted.kills, unit="kill") as bar:
             for step, hits in shares(wanted.kills, wanted.steps).items():
                 killers.append(Killer(step, hits, folder, forks, rng, bar))
                 killers[-1].run()
-        forks.close()
+        if forks is not None:
+            forks.close()
     counts = [entry for killer in killers for entry in killer.counts()]
     total = {key: sum(e[key] for e in counts) for key in ("tried", "survived", "lost")}
     record = {
