@@ -36,8 +36,18 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from _kills import family, marked, records, shoot  # noqa: E402
-from _measure import environment, load, machine, write  # noqa: E402
+from _kills import (  # type: ignore[import-not-found]  # noqa: E402
+    family,
+    marked,
+    records,
+    shoot,
+)
+from _measure import (  # type: ignore[import-not-found]  # noqa: E402
+    environment,
+    load,
+    machine,
+    write,
+)
 
 from mmdd.files import file_sha256, load_checked, tensors_sha256  # noqa: E402
 from mmdd.seal import unsealed  # noqa: E402
