@@ -73,8 +73,8 @@ def draw_landing() -> None:
     axes.set(yticks=[], xlim=(0, 105), xticks=[])
     axes.set_title("found by students", fontsize=12)
     axes.grid(False)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
+    for border in ("top", "right", "bottom"):
+        axes.spines[border].set_visible(False)
     figure.savefig(
         ROOT / "book" / "landing.png", dpi=160, metadata={"Description": description(scores)}
     )

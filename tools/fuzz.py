@@ -263,8 +263,8 @@ def pairs(data: bytes, folder: Path) -> None:
     import torch
 
     from mmdd.errors import ArtefactError
-    from mmdd.files import save_tensors
-    from mmdd.synthetic import SyntheticPairs, _checksum
+    from mmdd.files import content_sha256, save_tensors
+    from mmdd.synthetic import SyntheticPairs
 
     path, source = folder / "set.safetensors", Source(data)
     if source.below(2):
@@ -294,7 +294,7 @@ def pairs(data: bytes, folder: Path) -> None:
                 tensors[name] = tensor.to(kinds[source.below(len(kinds))])
         header = edited(_set_header(), source)
         if isinstance(header, dict):
-            header["sha256"] = _checksum(tensors, header)
+            header["sha256"] = content_sha256(tensors, header)
         save_tensors(path, tensors, header)
     try:
         loaded = SyntheticPairs.load(path)
