@@ -242,6 +242,8 @@ def finished(work: Work, expected: dict[str, Any]) -> set[str]:
                 assert file_sha256(path) == expected[name], f"{name} holds other pixels"
             if path.parent.name == "checkpoints" or path.name.startswith("state."):
                 continue  # goes when what it was for is done
+            if path.parent.name == "errors":
+                continue  # of an attempt that was killed; goes when the point is tried again
             if path.suffix != ".json" or "results" not in path.parts:
                 found.add(name)
     if (work.folder / "results").exists():
