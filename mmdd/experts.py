@@ -248,7 +248,11 @@ def train_experts(
     loss stops being finite.
     """
     numbers = list(range(config.count)) if numbers is None else numbers
-    if all(_is_finished(folder, number) for number in numbers):
+    finished = [number for number in numbers if _is_finished(folder, number)]
+    for number in finished:
+        # A kill after the manifest, and before its state was removed, has left that.
+        remove_checkpoint(_state_file(folder, number))
+    if len(finished) == len(numbers):
         return
     layout = Layout.of(context.model, context.protocol)
     about = {"identity": _identity(config, context), "parameters": layout.to_json()}
@@ -305,7 +309,7 @@ def _train(
         "validation": [],
         "sum": 0.0,
     }
-    state_file = here / "state.safetensors"
+    state_file = _state_file(folder, number)
     state = load_checkpoint(state_file)
     if state is not None:
         layout.load(model, state["parameters"].to(device))
@@ -442,6 +446,10 @@ def seeded_dropout(key: list[int], device: torch.device) -> Iterator[None]:
 
 def _expert_folder(folder: Path, number: int) -> Path:
     return folder / f"expert-{number:03d}"
+
+
+def _state_file(folder: Path, number: int) -> Path:
+    return _expert_folder(folder, number) / "state.safetensors"
 
 
 def _snapshot(folder: Path, expert: int, snapshot: int) -> Path:

@@ -208,7 +208,8 @@ def remove_checkpoint(path: Path) -> None:
     """Remove what `save_checkpoint` has written, if there is something."""
     with writing(path):
         for candidate in (path, _previous(path)):
-            candidate.unlink(missing_ok=True)
+            if candidate.exists():  # on a disk that may only be read there is nothing to say then
+                candidate.unlink(missing_ok=True)
 
 
 def _previous(path: Path) -> Path:

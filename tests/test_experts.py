@@ -363,6 +363,16 @@ def test_a_damaged_expert_is_trained_again(
     assert len(list(here.iterdir())) == 4  # the start, two snapshots, a manifest
 
 
+def test_what_a_kill_at_the_end_left_is_removed(make_context: MakeContext, tmp_path: Path) -> None:
+    buffer, _ = prepare_experts(config(), make_context(), tmp_path, progress=False)
+    here = buffer.folder / "expert-001"
+    for name in ("state.safetensors", "state.previous.safetensors"):
+        (here / name).write_bytes(b"the state of the last step")
+    prepare_experts(config(), make_context(), tmp_path, progress=False)
+    assert not list(here.glob("state*"))
+    assert len(list(here.iterdir())) == 4  # the start, two snapshots, a manifest
+
+
 def test_a_flipped_bit_in_a_snapshot_is_refused(make_context: MakeContext, tmp_path: Path) -> None:
     buffer, _ = prepare_experts(config(), make_context(), tmp_path, progress=False)
     path = experts._snapshot(buffer.folder, 1, 2)
