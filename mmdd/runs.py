@@ -222,6 +222,8 @@ def _make_set_alone(
         current = (config.set_source_hash, dataset.fingerprint)
         made_by = (kept.metadata.get("source_hash"), kept.metadata.get("dataset_fingerprint"))
         if made_by == current:
+            # A kill after the set was kept, and before its checkpoint was removed, has left that.
+            remove_checkpoint(_checkpoint_path(folder, config))
             return kept, kept.metadata["cost"]
     result, seconds = _initial_pairs(config, dataset, template)
     cost = _no_cost() | {"init_seconds": round(seconds, 3)}

@@ -327,6 +327,18 @@ def test_a_broken_off_run_goes_on(
     assert list((tmp_path / "mine" / "checkpoints").iterdir()) == []
 
 
+def test_a_checkpoint_that_a_kill_left_beside_its_set_is_removed(
+    results: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    left = runs._checkpoint_path(folder / "mine", make())
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"the state of the last iteration")
+    run(make(evaluation=SMALL["evaluation"] | {"epochs": 1, "students": 1}), folder)
+    assert list(left.parent.iterdir()) == []
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
