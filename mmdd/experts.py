@@ -346,9 +346,8 @@ def _train(
                 save_checkpoint(state_file, state)
         bar.update()
         bar.set_postfix(expert=number, loss=f"{done['losses'][-1]:.3f}")
-    kept = [_snapshot(folder, number, s) for s in range(done["snapshots"] + 1)]
     try:
-        size = sum(path.stat().st_size for path in kept)
+        size = _bytes(folder, number, done["snapshots"])
     except OSError as error:
         raise ArtefactError(
             f"{here} has lost a file while its expert was trained ({error}): run again."
@@ -377,12 +376,17 @@ def _manifest(folder: Path, number: int) -> dict[str, Any]:
     return unsealed(found)
 
 
+def _bytes(folder: Path, number: int, snapshots: int) -> int:
+    """What the start and the snapshots of an expert take. Raises `OSError` for a missing one."""
+    kept = (_snapshot(folder, number, s) for s in range(snapshots + 1))
+    return sum(path.stat().st_size for path in kept)
+
+
 def _is_finished(folder: Path, number: int) -> bool:
     """True for an expert with a manifest and all of the bytes that it tells of."""
     try:
         manifest = _manifest(folder, number)
-        kept = (_snapshot(folder, number, s) for s in range(manifest["snapshots"] + 1))
-        size = sum(path.stat().st_size for path in kept)
+        size = _bytes(folder, number, manifest["snapshots"])
     except FileNotFoundError as error:
         if "snapshot" in str(error.filename):
             log.warning("%s is missing: its expert is trained again.", error.filename)

@@ -441,11 +441,18 @@ def evaluate_file(path: str | Path, config: RunConfig) -> list[dict[str, Any]]:
     Book: notebooks/02_encoders_and_evaluation.
     """
     pairs = SyntheticPairs.load(path)
+    return evaluate_pairs(pairs, open_dataset(config.dataset, config.runtime), config)
+
+
+def evaluate_pairs(
+    pairs: SyntheticPairs, dataset: PairDataset, config: RunConfig
+) -> list[dict[str, Any]]:
+    """`evaluate_file` of a set and a dataset that are open already. Book: book/format."""
     device = resolve_device(config.runtime.device)
     template = build_model(config.student or config.model).to(device)
     return evaluate(
         pairs,
-        open_dataset(config.dataset, config.runtime),
+        dataset,
         student_factory(template, config.seed),
         config.protocol,
         config.evaluation,

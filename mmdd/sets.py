@@ -9,7 +9,7 @@ from mmdd.data.open import open_dataset
 from mmdd.files import file_sha256, load_tensors
 from mmdd.presets import merge, preset
 from mmdd.retrieval import chance_recall
-from mmdd.runs import evaluate_file
+from mmdd.runs import evaluate_pairs
 from mmdd.similarity import LowRankSimilarity
 from mmdd.synthetic import SyntheticPairs
 
@@ -89,8 +89,8 @@ def score_file(path: str | Path, config: RunConfig) -> dict[str, Any]:
     """
     path = Path(path)
     pairs = SyntheticPairs.load(path)
-    students = evaluate_file(path, config)
     dataset = open_dataset(config.dataset, config.runtime)
+    students = evaluate_pairs(pairs, dataset, config)
     about = pairs.metadata
     means = [student["test"]["mean"] for student in students]
     mean, std = mean_and_std(means)

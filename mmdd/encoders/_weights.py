@@ -46,8 +46,7 @@ def weights_identity(weights: str | None) -> str | None:
     if path is None or weights in ("hub", "random", "package") or not path.exists():
         return weights
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    stamps = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
-    return f"local:{path.name}:{_content(stamps)}"
+    return f"local:{path.name}:{_content_of(files)}"
 
 
 def shipped_content(weights: str | None) -> str | None:
@@ -58,7 +57,11 @@ def shipped_content(weights: str | None) -> str | None:
         path = data_file(f"pretrained/{weights}")
     except DataError:
         return None
-    return _content(((str(path), path.stat().st_mtime_ns, path.stat().st_size),))
+    return _content_of([path])
+
+
+def _content_of(files: list[Path]) -> str:
+    return _content(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 
 @lru_cache(maxsize=32)
