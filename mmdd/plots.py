@@ -35,7 +35,9 @@ METHOD_COLOURS = {
     "repblend": "#D55E00",
     "amd": "#8C3B00",
     "cov-trajectory": "#004F3B",
+    "moment-trajectory": "#4B2E83",
     "covmatch": "#0072B2",
+    "moments": "#7B68C8",
     "full": "#444444",
 }
 

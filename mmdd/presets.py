@@ -140,6 +140,7 @@ _MDM: dict[str, Any] = {
 # On photos nothing was tried yet.
 _PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
+_MOMENTS = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.03}
 
 # By (method, encoder pair, protocol).
 TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
@@ -162,6 +163,10 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mtt", "scenes-tiny", "heads"): _TRAJECTORY,
     ("cov-trajectory", "scenes-tiny", "image+text_head"): _TRAJECTORY,
     ("cov-trajectory", "scenes-tiny", "heads"): _TRAJECTORY,
+    ("moment-trajectory", "scenes-tiny", "image+text_head"): _TRAJECTORY,
+    ("moment-trajectory", "scenes-tiny", "heads"): _TRAJECTORY,
+    ("moments", "scenes-tiny", "image+text_head"): _MOMENTS,
+    ("moments", "scenes-tiny", "heads"): _MOMENTS,
     ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
     | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
     ("mdm", "scenes-tiny", "image+text_head"): _MDM,
@@ -177,6 +182,9 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 100, "real_batch": 64, "lr_text": 0.003, "experts": _PHOTO_MDM},
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("cov-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("moment-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("moments", "cifar-minilm", "image+text_head"): _MOMENTS
+    | {"iterations": 100, "lr_text": 0.003},
     ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
     ("repblend", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
 }
@@ -219,7 +227,11 @@ _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 
 # Iterations that fit into seconds.
 _TINY = {"covmatch": 120} | dict.fromkeys(
-    (*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm", "cov-trajectory"), 40
+    (
+        *(*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm"),
+        *("cov-trajectory", "moment-trajectory", "moments"),
+    ),
+    40,
 )
 
 _BASE: dict[str, dict[str, Any]] = {

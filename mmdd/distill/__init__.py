@@ -15,6 +15,8 @@ from mmdd.distill.matching import (
     GradientMatchingConfig,
 )
 from mmdd.distill.mdm import Mdm, MdmConfig
+from mmdd.distill.moment_trajectory import MomentTrajectory, MomentTrajectoryConfig
+from mmdd.distill.moments import Moments, MomentsConfig
 from mmdd.distill.repblend import RepBlend, RepBlendConfig
 from mmdd.distill.trajectory import (
     Lors,
@@ -50,7 +52,9 @@ METHODS: dict[str, Method] = {
     "amd": Method(DecoupledConfig, Decoupled),
     "covmatch": Method(CovMatchConfig, CovMatch),
     "mdm": Method(MdmConfig, Mdm),
+    "moments": Method(MomentsConfig, Moments),
     "cov-trajectory": Method(CovTrajectoryConfig, CovTrajectory),
+    "moment-trajectory": Method(MomentTrajectoryConfig, MomentTrajectory),
 }
 
 __all__ = [
@@ -72,6 +76,10 @@ __all__ = [
     "Mdm",
     "MdmConfig",
     "Method",
+    "MomentTrajectory",
+    "MomentTrajectoryConfig",
+    "Moments",
+    "MomentsConfig",
     "Progress",
     "RepBlend",
     "RepBlendConfig",

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmdd import losses
+from mmdd.distill.joined import join_gradient
 from mmdd.distill.loop import Terms
 from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
 
@@ -52,11 +53,7 @@ class CovTrajectory(TrajectoryMatching):
         if self.config.cov_weight == 0 or not sides:
             return terms
         loss = self._covariance_loss(iteration)
-        for side, gradient in zip(sides, torch.autograd.grad(loss, sides), strict=True):
-            assert side.grad is not None
-            length = gradient.norm()
-            scale = self.config.cov_weight * side.grad.norm() / length
-            side.grad += torch.where(length > 0, scale, 0.0) * gradient
+        join_gradient(sides, loss, self.config.cov_weight)
         return {**terms, "covariance": loss}
 
     def _covariance_loss(self, iteration: int) -> Tensor:

@@ -17,6 +17,8 @@ from mmdd.batches import RealBatches
 from mmdd.data.pairs import PairDataset
 from mmdd.distill import METHODS, Context, distill
 from mmdd.distill.decoupled import DecoupledConfig
+from mmdd.distill.moment_trajectory import MomentTrajectory
+from mmdd.distill.moments import JointMoments
 from mmdd.distill.repblend import RepBlend, RepBlendConfig
 from mmdd.distill.trajectory import TrajectoryMatching
 from mmdd.errors import ConfigError
@@ -451,6 +453,7 @@ def test_matching_gets_closer(make: Make, method: str, protocol: Protocol) -> No
         ("repblend", {"blend_beta": 0.5}),
         ("amd", {"min_start_text": 1, **SMALL_STEPS}),
         ("cov-trajectory", {"real_batch": 12, **SMALL_STEPS}),
+        ("moment-trajectory", SMALL_STEPS),
     ],
 )
 def test_resume_in_the_middle(
@@ -465,7 +468,7 @@ def test_resume_in_the_middle(
     assert torch.equal(whole.images, part.images)
     assert torch.equal(whole.texts, part.texts)
     assert whole.learning_rates == part.learning_rates
-    assert (whole.similarity is None) == (method in ("mtt", "cov-trajectory"))
+    assert (whole.similarity is None) == (method in ("mtt", "cov-trajectory", "moment-trajectory"))
     if whole.similarity is not None:
         assert part.similarity is not None
         assert torch.equal(whole.similarity.matrix(), part.similarity.matrix())
@@ -572,10 +575,46 @@ def test_the_covariance_joins_the_trajectory(
     assert torch.equal(found["rates"], base["rates"])  # no loss but the trajectory's knows them
 
 
-def test_without_its_covariance_it_is_mtt(make: Make) -> None:
-    mtt, other = gradients(make("mtt")), gradients(make("cov-trajectory", cov_weight=0.0))
+def test_the_moments_join_the_trajectory(make: Make, scenes: PairDataset) -> None:
+    """The moments' gradient from features of a model in its pretrained state, without dropout."""
+    alone = in_double(make("moment-trajectory", moment_weight=0.0))
+    joined = in_double(make("moment-trajectory", moment_weight=0.7))
+    assert isinstance(joined, MomentTrajectory)
+    model, protocol = joined.real.context.model.double(), joined.context.protocol
+    assert not model.training
+    batches = RealBatches(scenes, "train", model, protocol, torch.device("cpu"))
+    joined.real = JointMoments(replace(joined.context, model=model, real=batches))
+    (batch,) = batches.epoch(len(batches), joined.seed, 0)
+
+    def features(images: Tensor, texts: Tensor, mask: Tensor | None) -> Tensor:
+        sides = model.image_features(images), model.text_features(texts, mask)
+        return torch.cat([h / h.norm(dim=1, keepdim=True) for h in sides], dim=1)
+
+    images, texts = (
+        t.detach().clone().requires_grad_() for t in (joined.set.images, joined.set.texts)
+    )
+    mean, std = (t.view(3, 1, 1) for t in (model.image_encoder.mean, model.image_encoder.std))
+    real = features(batch.images.double(), batch.texts, batch.mask).detach()
+    own = features(images * std + mean, texts, joined.set.mask)
+    wanted = torch.cov(real.T)
+    loss = (own.mean(dim=0) - real.mean(dim=0)).square().sum()
+    loss = loss + (torch.cov(own.T) - wanted).square().sum() / wanted.square().sum()
+    loss.backward()
+    base, found = gradients(alone), gradients(joined)
+    for name, second in (("images", images.grad), ("texts", texts.grad)):
+        assert second is not None
+        expected = base[name] + 0.7 * base[name].norm() / second.norm() * second
+        assert torch.allclose(found[name], expected, rtol=1e-8, atol=1e-12)
+    assert torch.equal(found["rates"], base["rates"])
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"), [("cov-trajectory", "cov_weight"), ("moment-trajectory", "moment_weight")]
+)
+def test_without_a_second_loss_it_is_mtt(make: Make, method: str, weight: str) -> None:
+    mtt, other = gradients(make("mtt")), gradients(make(method, **{weight: 0.0}))
     assert all(torch.equal(mtt[name], other[name]) for name in mtt)
-    rates_only = make("cov-trajectory", learn_images=False, learn_texts=False)
+    rates_only = make(method, learn_images=False, learn_texts=False)
     assert torch.equal(gradients(rates_only)["rates"], mtt["rates"])
 
 
