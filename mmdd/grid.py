@@ -45,6 +45,7 @@ class SweepFile(BaseModel):
     grid: list[dict[str, Any]] = Field(min_length=1)
     seeds: list[int] | None = Field(default=None, min_length=1)
     override: list[Override] = []
+    defaults: list[Override] = []
     notebook: str | None = None
 
 
@@ -121,14 +122,22 @@ def expand(path: Path, sweep: SweepFile, lines: "Lines") -> list[tuple[int, dict
             raise ConfigError(f"{here}: the file has seeds for every block, and this one too.")
         points = _product(path, number, block, sweep, lines)
         found += [(number, point) for point in points]
-    for number, override in enumerate(sweep.override):
-        where = f"{path}, line {lines.of('override', number)}"
-        _check_keys(where, list(override.set))
-        fitting = [p for _, p in found if _fits(sweep.base | p, override.when)]
+    for part, number, given in [
+        *(("defaults", i, given) for i, given in enumerate(sweep.defaults)),
+        *(("override", i, given) for i, given in enumerate(sweep.override)),
+    ]:
+        where = f"{path}, line {lines.of(part, number)}"
+        _check_keys(where, list(given.set))
+        fitting = [p for _, p in found if _fits(sweep.base | p, given.when)]
         if not fitting:
-            raise ConfigError(f"{where}: no point has {_told(override.when)}, nothing to override.")
+            raise ConfigError(f"{where}: no point has {_told(given.when)}: nothing to set there.")
         for point in fitting:
-            for key, value in override.set.items():
+            if part == "defaults":
+                own = dict(point)
+                point.clear()
+                point |= given.set | own  # what comes later wins
+                continue
+            for key, value in given.set.items():
                 old = point.pop(key, None)  # what comes later wins, so it goes to the end
                 both = isinstance(old, dict) and isinstance(value, dict)
                 point[key] = merge(old, value) if both else value

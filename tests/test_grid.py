@@ -114,7 +114,11 @@ def test_a_point_comes_once(tmp_path: Path) -> None:
         ({"grid": [{"pairs": 3}], "seeds": []}, "not a sweep file: seeds: "),
         (
             {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 4}, "set": {"seed": 1}}]},
-            "line 6: no point has pairs=4, nothing to override",
+            "line 6: no point has pairs=4: nothing to set there",
+        ),
+        (
+            {"grid": [{"pairs": 3}], "defaults": [{"when": {"pairs": 4}, "set": {"seed": 1}}]},
+            "line 6: no point has pairs=4: nothing to set there",
         ),
         ({"grid": [{"pairs": 3}], "override": [{"when": {}}]}, r"override\.0\.set: Field required"),
         ({"grid": [{"pairs": 3}], "notebook": "x.ipynb"}, "x.ipynb, which makes no records"),
@@ -218,6 +222,25 @@ def test_an_override_goes_over_everything(tmp_path: Path) -> None:
     (point,) = load_sweep(path)  # both have ρ = 5 now, and a point comes once
     assert point.settings.rho == 5  # type: ignore[union-attr]
     assert point.settings.lambda_ == 0.3  # type: ignore[union-attr]
+
+
+def test_a_default_gives_way_to_what_a_block_says(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "s.yaml",
+        base={"method": "covmatch", "evaluation.epochs": 7},
+        grid=[{"pairs": 3}, {"pairs": 4, "settings.rho": [1, 2]}, {"pairs": 5, "method": "random"}],
+        defaults=[
+            {"when": {"method": "covmatch"}, "set": {"settings.rho": 5, "evaluation.epochs": 6}},
+            {"when": {"method": "covmatch", "pairs": 4}, "set": {"seed": 8}},
+        ],
+        override=[{"when": {"pairs": 3}, "set": {"seed": 9}}],
+    )
+    points = load_sweep(path)
+    assert [(p.pairs, p.seed) for p in points] == [(3, 9), (4, 8), (4, 8), (5, 0)]
+    rhos = [p.settings.rho for p in points[:3]]  # type: ignore[union-attr]
+    assert rhos == [5, 1, 2]
+    # It goes over the base, which all points share, and over the preset.
+    assert [p.evaluation.epochs for p in points] == [6, 6, 6, 7]
 
 
 def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
