@@ -10,14 +10,17 @@ from mmdd.grid import load_sweep
 from mmdd.presets import PresetName, preset
 
 
-def with_changes(results: pd.DataFrame, usual: PresetName = "small") -> pd.DataFrame:
+def with_changes(
+    results: pd.DataFrame, usual: PresetName = "small", held: dict[str, Any] | None = None
+) -> pd.DataFrame:
     """The same rows with two more columns: `init`, and `changes`, what the run does its own way.
 
     results: rows of `load_results`. `changes` is a dict by dotted key, such as `settings.rho`, of
     every value that is not the one of the preset `usual` for the run's method, protocol, number of
     pairs and start. Seed and start are columns of their own and no changes; `init` is None where
     nothing is distilled. A run is known by these, and not by the sweep that it is filed under: two
-    grids that want the same configuration share one record.
+    grids that want the same configuration share one record. held: values by dotted key that an
+    ablation keeps to in place of the preset's, for the runs that have such a key.
 
     Book: notebooks/10_ablate_rho_lambda.
     """
@@ -30,7 +33,8 @@ def with_changes(results: pd.DataFrame, usual: PresetName = "small") -> pd.DataF
         if kind not in plain:
             named = zip(("method", "protocol", "pairs", "init"), kind, strict=True)
             wishes = {key: value for key, value in named if value is not None}
-            plain[kind] = _flat(preset(usual, **wishes).identity())
+            base = _flat(preset(usual, **wishes).identity())
+            plain[kind] = base | {k: v for k, v in (held or {}).items() if k in base}
         own, base = _flat(config), plain[kind]
         # A key that the record lacks was no choice yet when it was made.
         found[run_id] = {k: v for k, v in own.items() if k != "seed" and (k, v) not in base.items()}

@@ -53,6 +53,7 @@ def test_a_run_is_known_by_what_it_changed() -> None:
 
 def test_every_run_of_the_ablation_grids_changes_only_what_its_grid_varies() -> None:
     """Or a chapter would miss it: the rows are found by their changes."""
+    held = {"settings.real_batch": 256}  # of CovMatch, in its grids and in chapter 10
     known = {
         "rho_lambda": {"settings.rho", "settings.lambda_"},
         "rank": {"settings.rank", "settings.similarity", "settings.alpha"},
@@ -61,8 +62,24 @@ def test_every_run_of_the_ablation_grids_changes_only_what_its_grid_varies() -> 
     for name, keys in known.items():
         for point in load_sweep(ROOT / "sweeps" / f"{name}.yaml"):
             row = {"run_id": point.run_id, "config": point.identity()}
-            (changes,) = with_changes(pd.DataFrame([row]))["changes"]
+            here = held if name == "rho_lambda" else None
+            (changes,) = with_changes(pd.DataFrame([row]), held=here)["changes"]
             assert set(changes) <= keys, (name, changes)
+
+
+def test_what_an_ablation_holds_is_no_change_and_the_preset_then_is_one() -> None:
+    held = {"settings.rho": 4.0}
+    rows = pd.concat(
+        [
+            rows_of(method="covmatch"),
+            rows_of(method="covmatch", settings={"rho": 4.0}),
+            rows_of(method="covmatch", settings={"rho": 4.0, "lambda_": 0.5}),
+            rows_of(method="random"),  # has no ρ to hold
+        ],
+        ignore_index=True,
+    )
+    found = with_changes(rows, held=held)["changes"].tolist()[::2]
+    assert found == [{"settings.rho": 1.5}, {}, {"settings.lambda_": 0.5}, {}]
 
 
 def test_only_leaves_what_changed_nothing_else() -> None:
