@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmdd.config import RunConfig
 from mmdd.grid import load_sweep
 from mmdd.presets import PresetName, preset
 
@@ -78,6 +79,56 @@ def coverage(results: pd.DataFrame, *grids: str | Path) -> str:
     """
     wanted = {point.run_id for grid in grids for point in load_sweep(grid)}
     return f"{len(wanted & set(results['run_id']))} of {len(wanted)} runs"
+
+
+def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
+    """What searches found that change one thing at a time, and whether it is to be taken over.
+
+    grids: sweep files; of each method in a file, under each protocol, the first point is where the
+    search starts, and the others are its trials. A trial counts when its recall on validation is
+    above that of the start by more than two standard errors, of the students of both: the least
+    that a difference must have, as there is one distillation seed, and the best of many is
+    flattered by having been picked.
+
+    One row for each (dataset, protocol, method) whose start and one trial are there: trials (with
+    the start), start, best (what the best trial changed), gain, 2 errors (percent), and outcome,
+    "replace" or "keep". Book: notebooks/09_comparison.
+    """
+    scores = results.groupby("run_id")["validation_mean"].agg(["mean", "var", "size"])
+    told = []
+    for grid in grids:
+        searches: dict[tuple[str, str, str], list[RunConfig]] = {}
+        for point in load_sweep(grid):
+            key = (point.dataset.name, point.protocol, point.method)
+            searches.setdefault(key, []).append(point)
+        for key, (start, *others) in searches.items():
+            tried = [point for point in others if point.run_id in scores.index]
+            if start.run_id not in scores.index or not tried:
+                continue
+            best = max(tried, key=lambda point: scores.loc[point.run_id, "mean"])
+            own, new = scores.loc[start.run_id], scores.loc[best.run_id]
+            gain = new["mean"] - own["mean"]
+            needed = 2 * np.sqrt(own["var"] / own["size"] + new["var"] / new["size"])
+            told.append(
+                dict(zip(["dataset", "protocol", "method"], key, strict=True))
+                | {
+                    "trials": 1 + len(tried),
+                    "start": own["mean"],
+                    "best": _difference(start, best),
+                    "gain": gain,
+                    "2 errors": needed,
+                    "outcome": "replace" if gain > needed else "keep",
+                }
+            )
+    names = ["dataset", "protocol", "method", "trials", "start", "best", "gain"]
+    return pd.DataFrame(told, columns=[*names, "2 errors", "outcome"])
+
+
+def _difference(start: RunConfig, other: RunConfig) -> str:
+    """What another run changes, in words such as "iterations = 240"."""
+    old, new = _flat(start.identity()), _flat(other.identity())
+    changed = [f"{k.removeprefix('settings.')} = {v}" for k, v in new.items() if old.get(k) != v]
+    return ", ".join(changed)
 
 
 def verdict(better: pd.Series, other: pd.Series, seed_std: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmdd.ablations import coverage, only, setting, verdict, with_changes
+from mmdd.ablations import coverage, only, search_outcome, setting, verdict, with_changes
 from mmdd.errors import ConfigError
 from mmdd.grid import load_sweep
 from mmdd.presets import preset
@@ -151,3 +151,38 @@ def test_the_numbers_of_a_verdict() -> None:
     assert np.isnan(verdict(series(), series(1), 1.5)["difference"])
     # Without any configuration of three seeds, τ is not known, and nothing is decided.
     assert verdict(series(20, 22, 24), series(11, 12, 13), np.nan)["verdict"] == "inconclusive"
+
+
+def test_a_search_replaces_a_setting_only_beyond_two_errors(tmp_path: Path) -> None:
+    """Against the rule worked out by hand, with the first point of the file as the start."""
+    grid = tmp_path / "s.yaml"
+    grid.write_text(
+        """sweep: s
+preset: small
+base: {seed: 10, protocol: heads}
+grid:
+  - {method: [covmatch, mdm]}
+  - {method: [covmatch, mdm], settings.lr_image: [0.5, 0.6]}
+  - {method: mdm, init: random}
+  - {method: mtt}
+"""
+    )
+    points = load_sweep(grid)
+    scores = {
+        "covmatch": [[40.0, 42.0], [42.0, 44.0], [41.0, 43.0]],  # +2 against 2·√(1 + 1)
+        "mdm": [[30.0, 31.0], [31.0, 32.0], [10.0, 11.0], [40.0, 41.0]],  # +10 against 2·√½
+        "mtt": [[1.0, 2.0]],  # has no trial
+    }
+    rows = []
+    for method, of_method in scores.items():
+        own = [p for p in points if p.method == method]
+        for point, students in zip(own, of_method, strict=True):
+            rows += [{"run_id": point.run_id, "validation_mean": value} for value in students]
+    found = search_outcome(pd.DataFrame(rows), grid).set_index("method")
+    assert found["trials"].to_dict() == {"covmatch": 3, "mdm": 4}
+    assert found["start"].to_dict() == {"covmatch": 41.0, "mdm": 30.5}
+    assert found["best"].to_dict() == {"covmatch": "lr_image = 0.5", "mdm": "init = random"}
+    assert found["gain"].to_dict() == {"covmatch": 2.0, "mdm": 10.0}
+    assert found["2 errors"].tolist() == pytest.approx([8**0.5, 2**0.5])
+    assert found["outcome"].to_dict() == {"covmatch": "keep", "mdm": "replace"}
+    assert search_outcome(pd.DataFrame(rows).iloc[:2], grid).empty  # a start alone
