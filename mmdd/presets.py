@@ -167,6 +167,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("moment-trajectory", "scenes-tiny", "heads"): _TRAJECTORY,
     ("moments", "scenes-tiny", "image+text_head"): _MOMENTS,
     ("moments", "scenes-tiny", "heads"): _MOMENTS,
+    ("moments", "scenes-tiny", "both"): _MOMENTS | {"lr_text": 0.002},
     ("amd", "scenes-tiny", "image+text_head"): _TRAJECTORY
     | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
     ("mdm", "scenes-tiny", "image+text_head"): _MDM,
