@@ -12,17 +12,15 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 Path = tuple[str | int, ...]
 
 
-def nearest(word: object, known: Iterable[str]) -> str | None:
-    """The known name that `word` is most like, or None where it is like none."""
+def suggestion(word: object, known: Iterable[str], most: int = 1) -> str:
+    """The end of an error message: "; did you mean …?", or nothing where no name is near.
+
+    most: the largest number of names to offer, the nearest first.
+    """
     names = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(str(word).casefold(), names, n=1, cutoff=0.5)
-    return names[found[0]] if found else None
-
-
-def suggestion(word: object, known: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean …?", or nothing."""
-    near = nearest(word, known)
-    return "" if near is None else f"; did you mean {near!r}?"
+    found = difflib.get_close_matches(str(word).casefold(), names, n=most, cutoff=0.5)
+    offered = " or ".join(repr(names[name]) for name in found)
+    return f"; did you mean {offered}?" if found else ""
 
 
 def fault(path: Path, message: str, given: Any, kind: str = "value_error") -> InitErrorDetails:

@@ -351,7 +351,7 @@ def test_results(call: Call, tmp_path: Path) -> None:
         (1, ["prepare", "imagenet"], "imagenet"),
         (2, ["run", "--method", "covmach"], f"method 'covmach' is unknown; known: {KNOWN}"),
         (2, ["run", "--preset", "huge"], "unknown preset 'huge'; known: tiny,"),
-        (2, ["run", "--preset", "smal"], "Did you mean 'small'?"),
+        (2, ["run", "--preset", "smal"], "did you mean 'small'?"),
         (2, ["run", "--pairs", "0"], "pairs: Input should be greater"),
         (2, ["run", "--set", "evaluation.epoch=3", "--set", "pears=1"], "pears: Extra"),
         (2, ["run", "--set", "dataset.reader=karpathy"], "set runtime.data to its folder"),

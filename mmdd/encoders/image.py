@@ -8,7 +8,6 @@ of a few images has statistics of its own, and an unrolled student must not chan
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdd._torchvision import ensure_torchvision
 from mmdd.encoders._weights import find_weights, fit_weights, read_weights
 from mmdd.errors import ConfigError, DataError, DownloadError
+from mmdd.mistakes import suggestion
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -121,7 +121,8 @@ class TimmImageEncoder(ImageEncoder):
         # timm checks the part before the dot only, and would fetch from anywhere after a colon.
         known = timm.list_models(pretrained=True) if "." in name else timm.list_models()
         if name not in known:
-            raise ConfigError(_unknown_timm_model(name, known))
+            near = suggestion(name, known, most=4)
+            raise ConfigError(f"timm.list_models() has no image model called {name!r}{near or '.'}")
         network, arguments = _create_timm(name, image_size, seed)
         if weights == "hub":
             network = _download_timm(name, network.pretrained_cfg, arguments)
@@ -146,12 +147,6 @@ def _import_timm() -> Any:
     import timm
 
     return timm
-
-
-def _unknown_timm_model(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"Close names: {', '.join(close)}. " if close else ""
-    return f"timm has no image model called {name!r}. {hint}timm.list_models() lists all names."
 
 
 def _create_timm(name: str, image_size: int, seed: int) -> tuple[Any, dict[str, Any]]:

@@ -278,7 +278,7 @@ def test_unknown_timm_names_are_refused(name):
     with pytest.raises(ConfigError, match="no image model called"):
         build(name=name)
     if name == "nfnet_l00":
-        with pytest.raises(ConfigError, match=r"Close names: nfnet_l0"):
+        with pytest.raises(ConfigError, match=r"did you mean 'nfnet_l0' or '"):
             build(name=name)
 
 
