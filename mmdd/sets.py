@@ -6,7 +6,7 @@ from typing import Any
 
 from mmdd.config import RunConfig
 from mmdd.data.open import open_dataset
-from mmdd.files import file_sha256, load_tensors
+from mmdd.files import file_sha256
 from mmdd.presets import merge, preset
 from mmdd.retrieval import chance_recall
 from mmdd.runs import evaluate_pairs
@@ -24,8 +24,7 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     Book: book/format.
     """
     path = Path(path)
-    pairs = SyntheticPairs.load(path)
-    _, header = load_tensors(path)
+    pairs, header = SyntheticPairs.load_with_header(path)
     similarity: dict[str, Any] = {"kind": "identity"}
     if pairs.similarity is not None:
         similarity = {"kind": pairs.similarity.kind}

@@ -151,7 +151,13 @@ class SyntheticPairs:
         A file of an older version is brought to this one in memory, after its checksum was found
         right. Raises `ArtefactError` for a damaged file, another kind of file, or a newer format.
         """
+        return cls.load_with_header(path)[0]
+
+    @classmethod
+    def load_with_header(cls, path: str | Path) -> tuple["SyntheticPairs", dict[str, Any]]:
+        """`load`, and beside the set the header as it stands in the file."""
         tensors, header = load_tensors(Path(path))
+        as_stored = header
         if header.get("format") != FORMAT:
             raise ArtefactError(f"{path} holds {header.get('format')!r}, not a distilled set.")
         version = header.get("version")
@@ -167,7 +173,7 @@ class SyntheticPairs:
         try:
             for name, rate in header["learning_rates"].items():
                 _require_number(f"learning rate {name!r}", rate)
-            return cls(
+            pairs = cls(
                 tensors["images"],
                 tensors["texts"],
                 text_mask=tensors.get("text_mask"),
@@ -177,6 +183,7 @@ class SyntheticPairs:
             )
         except _UNUSABLE as error:
             raise ArtefactError(f"{path} is not a usable distilled set: {error}") from error
+        return pairs, as_stored
 
 
 def _require_number(name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmdd import synthetic
 from mmdd.errors import ArtefactError, ConfigError
 from mmdd.files import content_sha256, save_state, save_tensors
+from mmdd.sets import describe_file
 from mmdd.similarity import (
     FullSimilarity,
     IdentitySimilarity,
@@ -307,6 +308,8 @@ def test_an_older_version_is_migrated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert migrated.learning_rates == {"image": 7.0}
     assert torch.equal(migrated.texts, before.texts + 1)
     assert torch.equal(migrated.images, before.images)
+    about = describe_file(path)  # of the set as it is now, and of the file as it stands
+    assert (about["version"], about["learning_rates"]) == (1, {"image": 7.0})
     # The checksum is that of the old content, and is verified before any step.
     damaged = tmp_path / "set"
     damaged.write_bytes(path.read_bytes())
