@@ -272,7 +272,9 @@ def iterate(
         bad += [f"{name} after the step" for name in broken]
         back = bool(broken)
     if bad:
-        _stop(method, iteration, bad, before if back else {}, checkpoint)
+        _stop(
+            method, iteration, bad, before if back else {}, checkpoint, _cure(method, bad, before)
+        )
     return first | second
 
 
@@ -297,6 +299,7 @@ def _stop(
     bad: list[str],
     before: dict[str, Tensor],
     checkpoint: Path | None,
+    cure: str,
 ) -> None:
     """Raise for what is not finite; `before` is what the learnables go back to, where they must."""
     kept = "nothing was kept, as no checkpoint was asked for"
@@ -309,7 +312,23 @@ def _stop(
         kept = f"the last good set is in {path}"
     raise NonFiniteError(
         f"{method.name}, iteration {iteration}: not finite: {', '.join(bad)}. "
-        f"Likely cure: {method.hint()}; {kept}."
+        f"Likely cure: {cure}; {kept}."
+    )
+
+
+def _cure(method: Distiller, bad: list[str], before: dict[str, Tensor]) -> str:
+    """What to do about terms that are not finite, from the learnables before the step."""
+    texts = before.get("texts")
+    if texts is None or texts.ndim != 2 or "gradient of texts" not in bad:
+        return method.hint()
+    zero = (texts == 0).all(dim=1).nonzero().flatten().tolist()
+    if not zero:
+        return method.hint()
+    return (
+        f"another text for pair {', '.join(map(str, zero))} (counted from 0), which is a vector of "
+        f"zeros and has no direction that {method.name} could differentiate twice: start from "
+        "other pairs (another seed or init), leave that caption out of the data, or keep the texts "
+        "as they are (learn_texts: false)"
     )
 
 
