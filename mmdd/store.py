@@ -1,4 +1,9 @@
-"""The results store: one JSON file per finished run, packed into one JSON-lines file per sweep."""
+"""The results store: one JSON file per finished run, packed into one JSON-lines file per sweep.
+
+A packed file starts with a line that says how many records follow, so that a file that was cut
+between two lines is an error, not a smaller sweep. Files packed before there was such a line have
+none and stay readable.
+"""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +18,8 @@ from mmdd.seal import sealed, unsealed
 
 SCHEMA = 2
 _CHECKED = 2  # from this schema on a record carries a checksum; older ones stay as they are
+PACKED, PACKED_VERSION = "mmdd.results", 1  # what the first line of a packed file says of it
+_RESTORE = "restore it from version control, or remove it and run it again"
 _SWEEPS = "[!.]*"  # hidden folders belong to files that are being written, and come and go
 
 
@@ -27,16 +34,7 @@ class ResultsStore:
 
     def find(self, run_id: str) -> dict[str, Any] | None:
         """The latest finished record of a run, from whichever sweep has it, or None."""
-        found = []
-        for path in sorted(self.folder.glob(f"{_SWEEPS}/{run_id}.json")):
-            with suppress(FileNotFoundError):  # packed since; then the packed file has it
-                found.append(_read(path))
-        for path in sorted(self.folder.glob("*.jsonl")):
-            # Parsing a line costs more than looking for the id in it first.
-            for number, line in enumerate(_text(path).splitlines(), 1):
-                if f'"run_id": "{run_id}"' in line:
-                    found.append(_parse(line, f"{path}, line {number}"))
-        return max(found, key=_age, default=None)
+        return max(self._all(run_id), key=_age, default=None)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every finished record once: of several copies, packed or in other sweeps, the latest."""
@@ -47,12 +45,13 @@ class ResultsStore:
                 latest[record["run_id"]] = record
         yield from latest.values()
 
-    def _all(self) -> Iterator[dict[str, Any]]:
-        for path in sorted(self.folder.glob(f"{_SWEEPS}/*.json")):
-            with suppress(FileNotFoundError):
+    def _all(self, run_id: str | None = None) -> Iterator[dict[str, Any]]:
+        """Every copy of every record, or of one run's."""
+        for path in sorted(self.folder.glob(f"{_SWEEPS}/{run_id or '*'}.json")):
+            with suppress(FileNotFoundError):  # packed since; then the packed file has it
                 yield _read(path)
         for path in sorted(self.folder.glob("*.jsonl")):
-            yield from _packed(path)
+            yield from _packed(path, run_id)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Store a finished record, atomically."""
@@ -89,8 +88,10 @@ class ResultsStore:
         merged |= {record["run_id"]: record for record in map(_read, singles)}
         if not merged:
             raise StoreError(f"sweep {sweep!r} has no record under {self.folder}: nothing to pack.")
-        lines = [json.dumps(_to_write(merged[i]), sort_keys=True) for i in sorted(merged)]
-        atomic_write_text(target, "\n".join(lines) + "\n")
+        head = {"format": PACKED, "records": len(merged), "version": PACKED_VERSION}
+        entries = [head, *(_to_write(merged[i]) for i in sorted(merged))]
+        text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries)
+        atomic_write_text(target, text)
         with writing(self.working_folder(sweep)):
             for path in singles:
                 path.unlink()
@@ -110,10 +111,44 @@ def _read(path: Path) -> dict[str, Any]:
     return _parse(_text(path), str(path))
 
 
-def _packed(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if line.strip():
-            yield _parse(line, f"{path}, line {number}")
+def _packed(path: Path, run_id: str | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a packed file, or only those of one run."""
+    numbered = enumerate(_text(path).splitlines(), 1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
+    if not lines:
+        raise StoreError(f"{path} is empty, which no packed file is: {_RESTORE}.")
+    if f'"format": "{PACKED}"' in lines[0][1]:
+        number, head = lines.pop(0)
+        _check_head(path, number, head, len(lines))
+    # Parsing a line costs more than looking for the id in it first.
+    wanted = "" if run_id is None else f'"run_id": "{run_id}"'
+    for number, line in lines:
+        if wanted in line:
+            record = _parse(line, f"{path}, line {number}")
+            if run_id in (None, record["run_id"]):
+                yield record
+
+
+def _check_head(path: Path, number: int, line: str, found: int) -> None:
+    """Raise `StoreError` where a packed file does not hold what its first line says.
+
+    found: lines after it that hold something.
+    """
+    try:
+        head = json.loads(line)
+        version, count = head["version"], head["records"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _unreadable(f"{path}, line {number}", error) from error
+    if version != PACKED_VERSION:
+        raise StoreError(
+            f"{path} is of version {version!r}, this mmdd reads version {PACKED_VERSION}: install "
+            "a newer mmdd."
+        )
+    if count != found:
+        raise StoreError(
+            f"{path} should hold {count!r} records and holds {found}: it was cut off, or put "
+            f"together by hand; {_RESTORE}."
+        )
 
 
 def _text(path: Path) -> str:
@@ -146,7 +181,4 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _unreadable(where: str, error: Exception) -> StoreError:
-    return StoreError(
-        f"{where} is not a result record ({error!r}): restore it from version control, or "
-        "remove it and run it again."
-    )
+    return StoreError(f"{where} is not a result record ({error!r}): {_RESTORE}.")

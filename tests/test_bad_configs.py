@@ -1,7 +1,6 @@
 """Thousands of random mistakes in configurations: each refused, at its path, with a near match."""
 
 import copy
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path as FilePath
@@ -16,6 +15,7 @@ from mmdd.distill import METHODS
 from mmdd.encoders.pairs import PAIRS
 from mmdd.presets import preset
 from mmdd.selection import SELECTORS
+from mmdd.store import ResultsStore
 
 ROOT = FilePath(__file__).resolve().parents[1]
 MISTAKES = 2400
@@ -261,9 +261,7 @@ def test_a_preset_with_a_method_that_is_no_name() -> None:
 def test_what_is_refused_now_has_made_no_record() -> None:
     """The committed records: each configuration is valid still, and names its run."""
     count = 0
-    for path in sorted((ROOT / "results").glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            assert RunConfig.model_validate(record["config"]).run_id == record["run_id"], path.name
-            count += 1
+    for record in ResultsStore(ROOT / "results").records():
+        assert RunConfig.model_validate(record["config"]).run_id == record["run_id"]
+        count += 1
     assert count > 100

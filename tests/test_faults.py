@@ -606,5 +606,5 @@ def test_damage_ends_in_one_line(mmdd: Callable[..., tuple[int, str]], tmp_path:
     grid.write_text("sweep: s\npreset: tiny\nbase: {method: random}\ngrid: [{seed: [0, 1]}]\n")
     code, errors = mmdd("-", "sweep", str(grid), "--results", str(store.folder))
     assert (code, "Traceback" in errors) == (1, False)
-    assert "s.jsonl, line 2 is not a result record" in errors
+    assert "s.jsonl, line 3 is not a result record" in errors
     assert store.find("a") == _record("a")

@@ -24,6 +24,13 @@ def ids(store: ResultsStore) -> list[str]:
     return [r["run_id"] for r in store.records()]
 
 
+def packed(path: Path) -> list[str]:
+    """The lines of a packed file that are records, below the one that counts them."""
+    head, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(head) == {"format": "mmdd.results", "records": len(lines), "version": 1}
+    return lines
+
+
 def test_an_empty_store(store: ResultsStore) -> None:
     assert store.find("a") is None
     assert ids(store) == []
@@ -113,7 +120,7 @@ def test_packing(store: ResultsStore) -> None:
         store.write(record(name, value=1))
     path = store.pack("s")
     assert path == store.folder / "s.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = packed(path)
     assert [json.loads(line)["run_id"] for line in lines] == ["a", "c"]
     assert list((store.folder / "s").glob("*.json")) == []
     assert store.find("c") == record("c", value=1)
@@ -126,7 +133,7 @@ def test_packing(store: ResultsStore) -> None:
     assert store.find("c") == record("c", value=2)
     assert [r.get("value") for r in store.records()] == [None, 2, 1]
     store.pack("s")
-    lines_after = path.read_text(encoding="utf-8").splitlines()
+    lines_after = packed(path)
     assert [json.loads(line)["run_id"] for line in lines_after] == ["a", "b", "c"]
     assert lines_after[0] == lines[0]
     assert store.find("c") == record("c", value=2)
@@ -155,7 +162,7 @@ def test_blank_lines_do_not_matter(store: ResultsStore) -> None:
     path.write_text(path.read_text() + "\n\n")
     assert ids(store) == ["a"]
     store.pack("s")
-    assert path.read_text().count("\n") == 1
+    assert path.read_text().count("\n") == 2
 
 
 DAMAGED = [
@@ -186,16 +193,78 @@ def test_a_damaged_record_is_named(store: ResultsStore, content: bytes) -> None:
 
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_line_is_named(store: ResultsStore, content: bytes) -> None:
-    for name in ("a", "c"):
+    for name in ("a", "b", "c"):
         store.write(record(name))
     path = store.pack("s")
-    first, second = path.read_bytes().splitlines()
-    path.write_bytes(first + b"\n" + content + b"\n" + second + b"\n")
-    before = path.read_bytes()
-    for action in (lambda: ids(store), lambda: store.pack("s")):
-        with pytest.raises(StoreError, match=r"s\.jsonl, line 2 is not a result record"):
-            action()
-    assert path.read_bytes() == before
+    head, first, _, last = path.read_bytes().splitlines()
+    for lines in ((head, first, content, last), (first, content, last)):  # with a count or without
+        before = b"\n".join(lines) + b"\n"
+        path.write_bytes(before)
+        number = lines.index(content) + 1
+        for action in (lambda: ids(store), lambda: store.pack("s")):
+            with pytest.raises(StoreError, match=rf"s\.jsonl, line {number} is not a result rec"):
+                action()
+        assert path.read_bytes() == before
+
+
+def test_a_packed_file_that_was_cut_is_an_error(store: ResultsStore) -> None:
+    """At every boundary of two lines, where each line that is left is whole."""
+    for name in ("a", "b", "c"):
+        store.write(record(name))
+    path = store.pack("s")
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert len(whole) == 4
+    for kept in range(4):
+        content = b"".join(whole[:kept])
+        path.write_bytes(content)
+        told = "is empty" if kept == 0 else f"should hold 3 records and holds {kept - 1}"
+        for action in (lambda: ids(store), lambda: store.find("a"), lambda: store.pack("s")):
+            with pytest.raises(StoreError, match=rf"s\.jsonl {told}.*restore it from version"):
+                action()
+        assert path.read_bytes() == content, "nothing is packed over what may still be restored"
+    path.write_bytes(b"".join([*whole, whole[-1]]))
+    with pytest.raises(StoreError, match="should hold 3 records and holds 4"):
+        ids(store)
+    path.write_bytes(b"".join(whole))
+    assert ids(store) == ["a", "b", "c"]
+
+
+def test_a_file_packed_before_there_was_a_count(store: ResultsStore) -> None:
+    for name in ("a", "b"):
+        store.write(record(name))
+    path = store.pack("s")
+    path.write_text("\n".join(packed(path)) + "\n", encoding="utf-8")
+    assert ids(store) == ["a", "b"]
+    assert store.find("b") == record("b")
+    store.write(record("c"))
+    store.pack("s")
+    assert len(packed(path)) == 3
+    assert ids(store) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ('{"format": "mmdd.results", "records": 1, "version": 2}', "version 2.*install a newer"),
+        ('{"format": "mmdd.results", "records": 1}', "line 1 is not a result record"),
+        ('{"format": "mmdd.results", "records": "1", "version": 1}', "should hold '1' records"),
+        ('{"format": "mmdd.results", "records": 1, "ver', "line 1 is not a result record"),
+        ('{"format": "mmdd.resulls", "records": 1, "version": 1}', "line 1 is not a result record"),
+    ],
+)
+def test_a_damaged_count_is_named(store: ResultsStore, head: str, told: str) -> None:
+    store.write(record("a"))
+    path = store.pack("s")
+    path.write_text("\n".join([head, *packed(path)]) + "\n", encoding="utf-8")
+    with pytest.raises(StoreError, match=rf"s\.jsonl.*{told}"):
+        ids(store)
+
+
+def test_a_run_named_in_the_record_of_another_is_not_found(store: ResultsStore) -> None:
+    store.write(record("a", about={"run_id": "b"}))
+    store.pack("s")
+    assert store.find("b") is None
+    assert store.find("a") == record("a", about={"run_id": "b"})
 
 
 def test_a_newer_schema_is_refused(store: ResultsStore) -> None:

@@ -226,7 +226,7 @@ def test_two_sweeps_on_one_store(tmp_path: Path) -> None:
         thread.join()
     assert outcomes == [{}, {}]
     assert sorted(name for name, _ in attempts(tmp_path)) == sorted(p.run_id for p in points)
-    lines = (tmp_path / "results" / "mine.jsonl").read_text().splitlines()
+    _, *lines = (tmp_path / "results" / "mine.jsonl").read_text().splitlines()
     assert [json.loads(line)["run_id"] for line in lines] == sorted(p.run_id for p in points)
 
 
