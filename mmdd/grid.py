@@ -61,6 +61,12 @@ def load_sweep(path: str | Path, runtime: dict[str, Any] | None = None) -> list[
     sweep, lines = read_sweep(path)
     if sweep.notebook is not None:
         raise ConfigError(f"{path} executes {sweep.notebook}, which makes no records of runs.")
+    for key, value in sweep.base.items():
+        if isinstance(value, list):  # no setting of a run is a list
+            raise ConfigError(
+                f"{path}, line {lines.of('base', key)}: {key!r} is {value!r}, but base holds one "
+                "value for all points: a list of values belongs in grid."
+            )
     points: dict[str, RunConfig] = {}
     try:
         base = nest(sweep.base)

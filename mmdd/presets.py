@@ -4,12 +4,12 @@ The two kinds are kept apart. `PAPER` holds what the authors published for their
 `TUNED` holds what was chosen here, on the validation split only, by `sweeps/tune_*.yaml`.
 """
 
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from mmdd.config import RunConfig
 from mmdd.distill import METHODS
 from mmdd.errors import ConfigError
+from mmdd.mistakes import suggestion
 from mmdd.selection import SELECTORS
 from mmdd.tables import GIVE_UP_A_PAIR
 
@@ -268,9 +268,8 @@ def preset(name: str, **wishes: Any) -> RunConfig:
     Book: notebooks/run.
     """
     if name not in _BASE:
-        near = get_close_matches(name, _BASE, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(_BASE)}.{meant}")
+        known = ", ".join(_BASE)
+        raise ConfigError(f"unknown preset {name!r}; known: {known}{suggestion(name, _BASE)}")
     base = _BASE[name]
     _require_mappings(wishes)
     if name == "paper" and wishes.get("method") in _PAPER_PAIRS:
@@ -301,14 +300,19 @@ def preset(name: str, **wishes: Any) -> RunConfig:
 
 
 def _require_mappings(wishes: dict[str, Any]) -> None:
-    """Raise `ValidationError` where a value stands in the place of a part."""
+    """Raise `ValidationError` where a value stands in the place of a part, or of a name."""
     for part in ("dataset", "model", "student", "settings", "evaluation", "selection"):
         value = wishes.get(part)
         if value is not None and not isinstance(value, dict):
             RunConfig.model_validate({part: value})
             raise ConfigError(f"preset: {part} must be a dict, not a {type(value).__name__}.")
-    if not isinstance(wishes.get("method", ""), str):
-        RunConfig.model_validate({"method": wishes["method"]})
+    # Tables of settings are looked up by these names.
+    for key in ("method", "protocol"):
+        if not isinstance(wishes.get(key, ""), str):
+            RunConfig.model_validate({key: wishes[key]})
+    for part, key in (("dataset", "name"), ("model", "pair"), ("student", "pair")):
+        if not isinstance((wishes.get(part) or {}).get(key, ""), str):
+            RunConfig.model_validate({part: {key: wishes[part][key]}})
 
 
 def _selecting_pair(method: str, values: dict[str, Any], pair: str) -> str:
