@@ -1,11 +1,13 @@
 """Ablations from records: what a run changed, which runs a grid still lacks, and plain verdicts."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from mmdd.claims.verdict import ordered, standard_error
 from mmdd.config import RunConfig
 from mmdd.grid import load_sweep
 from mmdd.presets import PresetName, preset
@@ -148,11 +150,8 @@ def verdict(better: pd.Series, other: pd.Series, seed_std: float) -> dict[str, A
         return {"difference": np.nan, "2u": np.nan, "verdict": "not yet run"}
     difference = float(better.mean() - other.mean())
     by_students = better.var(ddof=1) / len(better) + other.var(ddof=1) / len(other)
-    needed = 2 * float(np.sqrt(2 * seed_std**2 + by_students))
-    told = "inconclusive"
-    if abs(difference) >= needed:  # false for a spread that is NaN
-        told = "reproduced" if difference > 0 else "not reproduced"
-    return {"difference": difference, "2u": needed, "verdict": told}
+    error = standard_error(seed_std * math.sqrt(2), by_students, seeds=1)
+    return {"difference": difference, "2u": 2 * error, "verdict": ordered(difference, error)}
 
 
 def _flat(nested: dict[str, Any], above: str = "") -> dict[str, Any]:

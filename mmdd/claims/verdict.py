@@ -172,13 +172,13 @@ def _decide(comparison: Comparison, evidence: Evidence, claim: Claim) -> Outcome
     )
     paired = [_paired(comparison.terms, [values[seed] for values in found]) for seed in common]
     difference = float(np.mean([d.mean() for d in paired]))
-    error = _standard_error(comparison, paired, evidence)
+    error = _error(comparison, paired, evidence)
     tolerance = None
     if comparison.test.alike:
         tolerance = claim.tolerance() * max(abs(score.mean) for score in scores)
         verdict = _alike(difference, error, tolerance)
     else:
-        verdict = _ordered(difference, error)
+        verdict = ordered(difference, error)
     students = min(len(d) for d in paired)
     return Outcome(comparison, verdict, difference, error, len(common), students, tolerance, scores)
 
@@ -191,9 +191,7 @@ def _paired(terms: Sequence[Term], values: Sequence[pd.Series]) -> np.ndarray:
     return table.sum(axis=1).to_numpy()
 
 
-def _standard_error(
-    comparison: Comparison, paired: Sequence[np.ndarray], evidence: Evidence
-) -> float:
+def _error(comparison: Comparison, paired: Sequence[np.ndarray], evidence: Evidence) -> float:
     seeds, students = len(paired), min(len(d) for d in paired)
     sets = sum(term.has_set for term in comparison.terms)
     metrics = {term.metric for term in comparison.terms}
@@ -204,10 +202,16 @@ def _standard_error(
     between = float(np.fmax(own, usual))  # the one that is known, where only one is
     within = [float(np.var(d, ddof=1)) for d in paired if len(d) > 1]
     by_students = float(np.mean(within)) / students if within else 0.0
+    return standard_error(between, by_students, seeds)
+
+
+def standard_error(between: float, by_students: float, seeds: int) -> float:
+    """u, from b and w² / T; NaN where one of them is. Book: book/claims."""
     return math.sqrt((between**2 + by_students) / seeds)
 
 
-def _ordered(difference: float, error: float) -> Verdict:
+def ordered(difference: float, error: float) -> Verdict:
+    """Whether the side that should score higher does, from D and u. Book: book/claims."""
     if not math.isfinite(error) or abs(difference) < 2 * error:
         return "inconclusive"
     return "reproduced" if difference > 0 else "not reproduced"
@@ -234,7 +238,7 @@ def _decide_measured(comparison: Comparison, evidence: Evidence) -> Outcome:
     difference = mean - bound if test.above is not None else bound - mean
     error = std / math.sqrt(values.size) if values.size >= 3 else math.nan
     score = Score(test.measured, 1, mean, std, values.size, values.size, (), False)
-    verdict = _ordered(difference, error)
+    verdict = ordered(difference, error)
     return Outcome(comparison, verdict, difference, error, values.size, 1, None, (score,))
 
 
