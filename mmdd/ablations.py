@@ -74,12 +74,28 @@ def setting(rows: pd.DataFrame, key: str) -> pd.Series:
     return pd.Series(values, index=rows.index, dtype=object if not values else None, name=key)
 
 
+def in_sweeps(results: pd.DataFrame, folder: str | Path, *names: str) -> pd.Series:
+    """Which rows are of runs that some sweeps ask for, as a mask.
+
+    results: rows of `load_results`. folder: of the sweep files. names: of the sweeps, as records
+    have them; "scenes-mdm" is in `scenes_mdm.yaml`. A run that two sweeps ask for has one record,
+    filed under the sweep that came first or redid it: the column `sweep` alone would leave it out
+    of the other. Raises `ConfigError` for what is no sweep file.
+    Book: notebooks/07_covmatch.
+    """
+    return results["run_id"].isin(_wanted(*(f"{folder}/{n.replace('-', '_')}.yaml" for n in names)))
+
+
+def _wanted(*grids: str | Path) -> set[str]:
+    return {point.run_id for grid in grids for point in load_sweep(grid)}
+
+
 def coverage(results: pd.DataFrame, *grids: str | Path) -> str:
     """How much of some sweep files is in the records, in words: "12 of 36 runs".
 
     Raises `ConfigError` for what is no sweep file. Book: notebooks/10_ablate_rho_lambda.
     """
-    wanted = {point.run_id for grid in grids for point in load_sweep(grid)}
+    wanted = _wanted(*grids)
     return f"{len(wanted & set(results['run_id']))} of {len(wanted)} runs"
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmdd.ablations import coverage, only, search_outcome, setting, verdict, with_changes
+from mmdd.ablations import (
+    coverage,
+    in_sweeps,
+    only,
+    search_outcome,
+    setting,
+    verdict,
+    with_changes,
+)
 from mmdd.errors import ConfigError
 from mmdd.grid import load_sweep
 from mmdd.presets import preset
@@ -120,6 +128,19 @@ def test_coverage_counts_runs_by_their_configuration(tmp_path: Path) -> None:
     grid.write_text("sweep: any\ngrid: []\n")
     with pytest.raises(ConfigError):
         coverage(rows, grid)
+
+
+def test_a_run_that_two_sweeps_ask_for_is_in_both(tmp_path: Path) -> None:
+    text = "sweep: {}\nbase: {{method: covmatch}}\ngrid:\n  - settings.rho: {}\n"
+    (tmp_path / "the_first.yaml").write_text(text.format("the-first", "[1.5, 3.0]"))
+    (tmp_path / "other.yaml").write_text(text.format("other", "[1.5]"))
+    shared = rows_of(method="covmatch").assign(sweep="other")
+    rows = pd.concat([shared, rows_of(method="mdm").assign(sweep="other")], ignore_index=True)
+    for name in ("the-first", "other"):
+        assert in_sweeps(rows, tmp_path, name).tolist() == [True, True, False, False]
+    assert in_sweeps(rows, tmp_path, "the-first", "other").sum() == 2
+    with pytest.raises(ConfigError, match=r"none\.yaml is not a sweep file"):
+        in_sweeps(rows, tmp_path, "none")
 
 
 def series(*values: float) -> pd.Series:
