@@ -11,7 +11,8 @@
 5. A figure that a cell drew gets its caption, the paragraph "**Figure.** …" below the cell, as
    alternative text; a figure without such a caption, or an `alt` of its own in the cell's metadata,
    is a warning. Its width in pixels goes along, so that a phone does not shrink it beyond reading.
-6. MathJax is copied beside the pages when the package sphinx-mathjax-offline is installed, so the
+6. In the data frames that cells show, a value that is missing is a dash, and a sentence may wrap.
+7. MathJax is copied beside the pages when the package sphinx-mathjax-offline is installed, so the
    book reads without a network; without that package it is fetched from its CDN.
 """
 
@@ -50,6 +51,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", use_local_mathjax)
     app.connect("doctree-read", drop_widgets)
     app.connect("doctree-read", describe_figures)
+    app.connect("doctree-read", tidy_tables)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)  # after all others
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -181,6 +183,21 @@ def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
                 place_in_parent = image.parent.index(image)
                 image.parent.insert(place_in_parent + 1, nodes.raw("", "</div>", format="html"))
                 image.parent.insert(place_in_parent, nodes.raw("", box, format="html"))
+
+
+def tidy_tables(app: Sphinx, doctree: nodes.document) -> None:
+    """Dashes for what is missing in data frames, and a class for cells that hold a sentence."""
+    for table in list(doctree.findall(nodes.raw)):
+        if _in_output(table) and 'class="dataframe"' in table.astext():
+            table.replace_self(
+                nodes.raw("", tidied(table.astext()), **table.non_default_attributes())
+            )
+
+
+def tidied(table: str) -> str:
+    """The HTML of a data frame as `tidy_tables` shows it."""
+    table = re.sub(r"(<t[dh][^>]*>)\s*(?:NaN|NaT|None|&lt;NA&gt;)\s*(?=</t)", r"\1–", table)
+    return re.sub(r"<(t[dh])((?: [a-z]+=\"[^\"]*\")*)>(?=[^<]{25})", r'<\1\2 class="text">', table)
 
 
 def _in_output(node: nodes.Node | None) -> bool:
