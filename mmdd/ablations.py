@@ -9,7 +9,7 @@ import pandas as pd
 
 from mmdd.claims.verdict import ordered, standard_error
 from mmdd.config import RunConfig
-from mmdd.grid import load_sweep
+from mmdd.grid import load_sweep, read_sweep
 from mmdd.presets import PresetName, preset
 
 
@@ -109,12 +109,14 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     flattered by having been picked.
 
     One row for each (dataset, protocol, method) whose start and one trial are there: trials (with
-    the start), start, best (what the best trial changed), gain, 2 errors (percent), and outcome,
-    "replace" or "keep". Book: notebooks/09_comparison.
+    the start), start, best (what the best trial changed), gain, 2 errors (percent), outcome,
+    "replace" or "keep", and in use, which of the two the file's preset has today: "start", "best"
+    or "other". Book: notebooks/09_comparison.
     """
     scores = results.groupby("run_id")["validation_mean"].agg(["mean", "var", "size"])
     told = []
     for grid in grids:
+        size = read_sweep(Path(grid))[0].preset
         searches: dict[tuple[str, str, str], list[RunConfig]] = {}
         for point in load_sweep(grid):
             key = (point.dataset.name, point.protocol, point.method)
@@ -136,10 +138,20 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
                     "gain": gain,
                     "2 errors": needed,
                     "outcome": "replace" if gain > needed else "keep",
+                    "in use": _in_use(size, start, best),
                 }
             )
     names = ["dataset", "protocol", "method", "trials", "start", "best", "gain"]
-    return pd.DataFrame(told, columns=[*names, "2 errors", "outcome"])
+    return pd.DataFrame(told, columns=[*names, "2 errors", "outcome", "in use"])
+
+
+def _in_use(size: str, start: RunConfig, best: RunConfig) -> str:
+    """Which of two runs has the settings that a preset has today."""
+    today = preset(size, method=start.method, protocol=start.protocol)
+    for name, run in (("start", start), ("best", best)):
+        if (run.settings, run.init) == (today.settings, today.init):
+            return name
+    return "other"
 
 
 def _difference(start: RunConfig, other: RunConfig) -> str:

@@ -206,4 +206,9 @@ grid:
     assert found["gain"].to_dict() == {"covmatch": 2.0, "mdm": 10.0}
     assert found["2 errors"].tolist() == pytest.approx([8**0.5, 2**0.5])
     assert found["outcome"].to_dict() == {"covmatch": "keep", "mdm": "replace"}
+    assert found["in use"].to_dict() == {"covmatch": "start", "mdm": "start"}
+    grid.write_text(grid.read_text() + "defaults: [{when: {method: mdm}, set: {init: noise}}]\n")
+    assert search_outcome(pd.DataFrame(rows), grid).set_index("method").index.tolist() == [
+        "covmatch"
+    ]  # other points, which have no record
     assert search_outcome(pd.DataFrame(rows).iloc[:2], grid).empty  # a start alone
