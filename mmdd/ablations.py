@@ -157,7 +157,10 @@ def _in_use(size: str, start: RunConfig, best: RunConfig) -> str:
 def _difference(start: RunConfig, other: RunConfig) -> str:
     """What another run changes, in words such as "iterations = 240"."""
     old, new = _flat(start.identity()), _flat(other.identity())
-    changed = [f"{k.removeprefix('settings.')} = {v}" for k, v in new.items() if old.get(k) != v]
+    # What only the other has, such as how its start is selected, comes with what it changes.
+    changed = [
+        f"{k.removeprefix('settings.')} = {v}" for k, v in new.items() if k in old and old[k] != v
+    ]
     return ", ".join(changed)
 
 

@@ -184,7 +184,7 @@ base: {seed: 10, protocol: heads}
 grid:
   - {method: [covmatch, mdm]}
   - {method: [covmatch, mdm], settings.lr_image: [0.5, 0.6]}
-  - {method: mdm, init: random}
+  - {method: mdm, init: herding}
   - {method: mtt}
 """
     )
@@ -202,7 +202,7 @@ grid:
     found = search_outcome(pd.DataFrame(rows), grid).set_index("method")
     assert found["trials"].to_dict() == {"covmatch": 3, "mdm": 4}
     assert found["start"].to_dict() == {"covmatch": 41.0, "mdm": 30.5}
-    assert found["best"].to_dict() == {"covmatch": "lr_image = 0.5", "mdm": "init = random"}
+    assert found["best"].to_dict() == {"covmatch": "lr_image = 0.5", "mdm": "init = herding"}
     assert found["gain"].to_dict() == {"covmatch": 2.0, "mdm": 10.0}
     assert found["2 errors"].tolist() == pytest.approx([8**0.5, 2**0.5])
     assert found["outcome"].to_dict() == {"covmatch": "keep", "mdm": "replace"}
