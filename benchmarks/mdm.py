@@ -55,9 +55,9 @@ def build(setting: str, mode: str, folder: Path, pairs: int = PAIRS) -> Any:
     from mmdd.data.scenes import Scenes
     from mmdd.distill import METHODS, Context
     from mmdd.encoders import ImageEncoderSpec, ModelConfig, TextEncoderSpec, build_model
-    from mmdd.interpolation import SnapshotCache
     from mmdd.presets import preset
     from mmdd.selection import select
+    from mmdd.snapshots import SnapshotCache
 
     config = ModelConfig()
     if setting != "scenes-tiny":

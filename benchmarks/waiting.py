@@ -100,9 +100,9 @@ def measure(
         waiting = Timer()
         draw = real.draw
 
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             with waiting:
-                return draw(*arguments)
+                return draw(*arguments, **options)
 
         real.draw = timed  # type: ignore[method-assign]
         method = CovMatch(

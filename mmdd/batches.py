@@ -1,14 +1,17 @@
 """Batches on a device: real pairs from a dataset, and pairs of a distilled set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmdd.data.pairs import PairDataset
+from mmdd.devices import laid_out, upload
 from mmdd.encoders.dual import DualEncoder
 from mmdd.protocols import Protocol, text_is_tokens
 from mmdd.synthetic import SyntheticPairs
@@ -33,15 +36,19 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
 
     On the CPU it is the array's own memory.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return upload(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def pixels(images: np.ndarray, device: torch.device) -> Tensor:
-    """(m, H, W, 3) uint8 → (m, 3, H, W) float32 in [0, 1]; divided on the device."""
-    return on_device(images, device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    """(m, H, W, 3) uint8 → (m, 3, H, W) float32 in [0, 1]; divided on the device.
+
+    The colours of a pixel stay beside each other: on every device the result is channels-last.
+    """
+    return _pixels(on_device(images, device))
+
+
+def _pixels(raw: Tensor) -> Tensor:
+    return raw.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
 @contextmanager
@@ -101,10 +108,38 @@ class TextTable:
         return self._first[images] + choice
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """Real pairs on the device or on their way there.
+
+    raw: (m, H, W, 3) uint8; rows: (m,) of the table of texts; images: (m,) their indices. copied:
+    what a stream has to wait for before it reads them, where they were copied on another one.
+    """
+
+    raw: Tensor
+    rows: Tensor
+    images: np.ndarray
+    copied: Any = None
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch that is being fetched: how large, from which state of a generator, and by which."""
+
+    size: int
+    state: Mapping[str, Any]
+    rng: np.random.Generator
+    found: Future[_Fetched]
+
+
 class RealBatches:
     """Batches of real pairs of one split: random draws, or seeded epochs.
 
     Frozen text features are computed once; images stay uint8 until they are on the device.
+
+    prefetch: fetch the batch that `draw` is told will come next in a thread, and copy it on a
+    stream of its own. None does so on a GPU alone: on a CPU, which has better things to do than to
+    fetch ahead, waiting for a batch is a thousandth of an iteration (benchmarks/waiting.json).
     """
 
     def __init__(
@@ -114,32 +149,90 @@ class RealBatches:
         model: DualEncoder,
         protocol: Protocol,
         device: torch.device,
+        prefetch: bool | None = None,
     ) -> None:
         self.dataset, self.split, self.device = dataset, split, device
         self.table = TextTable(dataset, split, model, protocol, device)
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda" if prefetch is None else prefetch:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="real-batches")
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: _Ahead | None = None
+        self.hits = 0  # batches that had been fetched ahead
 
     def __len__(self) -> int:
         return len(self.dataset.indices(self.split))
 
     def take(self, images: np.ndarray, choice: np.ndarray) -> Batch:
         """The pairs of given images with given captions, in their order."""
-        rows = on_device(self.table.rows(images, choice), self.device)
+        return self._batch(self._fetch(images, choice))
+
+    def draw(
+        self, size: int, rng: np.random.Generator, ahead: np.random.Generator | None = None
+    ) -> Batch:
+        """A random batch of at most `size` pairs without repetition.
+
+        ahead: the generator that the next batch of this size will be drawn from. What comes out
+        depends on `rng` alone, and leaves it in the same state, whether it was fetched ahead or
+        not.
+        """
+        fetched = self._fetched_ahead(size, rng) or self._draw(size, rng)
+        if ahead is not None and self._pool is not None:
+            state = ahead.bit_generator.state
+            self._ahead = _Ahead(size, state, ahead, self._pool.submit(self._draw, size, ahead))
+        return self._batch(fetched)
+
+    def _fetched_ahead(self, size: int, rng: np.random.Generator) -> _Fetched | None:
+        """What was fetched for this very draw, if anything was."""
+        ahead = self._ahead
+        if ahead is None or (ahead.size, ahead.state) != (size, rng.bit_generator.state):
+            return None
+        self._ahead = None
+        self.hits += 1
+        fetched = ahead.found.result()
+        rng.bit_generator.state = ahead.rng.bit_generator.state
+        return fetched
+
+    def _draw(self, size: int, rng: np.random.Generator) -> _Fetched:
+        return self._fetch(*self.dataset.draw(self.split, size, rng))
+
+    def _fetch(self, images: np.ndarray, choice: np.ndarray) -> _Fetched:
+        rows = self.table.rows(images, choice)
+        if self._stream is None:
+            raw = on_device(self.dataset.images[images], self.device)
+            return _Fetched(raw, on_device(rows, self.device), images)
+        with torch.cuda.stream(self._stream):
+            raw = on_device(self.dataset.images[images], self.device)
+            return _Fetched(raw, on_device(rows, self.device), images, self._stream.record_event())
+
+    def _batch(self, fetched: _Fetched) -> Batch:
+        if fetched.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(fetched.copied)
+            for tensor in (fetched.raw, fetched.rows):
+                tensor.record_stream(current)  # or its memory could be given away too early
         mask = self.table.mask
         return Batch(
-            pixels(self.dataset.images[images], self.device),
-            self.table.texts[rows],
-            None if mask is None else mask[rows],
-            torch.from_numpy(images),
+            _pixels(fetched.raw),
+            self.table.texts[fetched.rows],
+            None if mask is None else mask[fetched.rows],
+            torch.from_numpy(fetched.images),
         )
-
-    def draw(self, size: int, rng: np.random.Generator) -> Batch:
-        """A random batch of at most `size` pairs without repetition."""
-        return self.take(*self.dataset.draw(self.split, size, rng))
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """One pass over the split in a seeded order, one random caption per image."""
-        for images, choice in self.dataset.batches(self.split, batch_size, seed, epoch):
-            yield self.take(images, choice)
+        batches = self.dataset.batches(self.split, batch_size, seed, epoch)
+        if self._pool is None:
+            yield from (self.take(images, choice) for images, choice in batches)
+            return
+        now: Future[_Fetched] | None = None
+        for images, choice in batches:
+            then = self._pool.submit(self._fetch, images, choice)
+            if now is not None:
+                yield self._batch(now.result())
+            now = then
+        if now is not None:
+            yield self._batch(now.result())
 
 
 def steps_per_epoch(pairs: int, batch_size: int) -> int:
@@ -161,7 +254,7 @@ class SetBatches:
         """The pairs at `index` (k,) int64, in its order."""
         mask = self.pairs.text_mask
         return Batch(
-            self.pairs.images[index],
+            laid_out(self.pairs.images[index]),
             self.pairs.texts[index],
             None if mask is None else mask[index],
             index,

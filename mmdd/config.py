@@ -58,6 +58,8 @@ class RuntimeConfig(BaseModel):
     device: "auto" takes a GPU if there is one. data: folder of the dataset's files. experts: folder
     of the expert buffers that runs share, by default in the cache. checkpoint_every: iterations
     between checkpoints. redo_stale: a finished record that other code made counts as missing.
+    compile: have `torch.compile` make the encoders' passes of the distillation faster, for methods
+    that allow it; the others refuse. It changes rounding, so a record says so beside its costs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +72,7 @@ class RuntimeConfig(BaseModel):
     progress: bool = True
     on_error: Literal["raise", "drop"] = "raise"
     redo_stale: bool = False
+    compile: bool = False
 
 
 class RunConfig(BaseModel):
@@ -81,9 +84,10 @@ class RunConfig(BaseModel):
     goes by features is the method or the start. student: encoders of the students, where they are
     others than those of the distillation; selected real pairs then go through those. sweep: the
     group that the record is filed under; it and `runtime` are not part of the run's identity.
-    precision: of the distillation's forward passes; bfloat16 is meant for a GPU. Students are
-    trained with the loss that the set was distilled with, where the method's settings name one and
-    `evaluation` does not.
+    precision: of the distillation: "float32" is exact on every device, "bfloat16" (of forward
+    passes) is meant for a GPU, "tf32" (of products of float32 numbers) for NVIDIA's alone. Students
+    are trained with the loss that the set was distilled with, where the method's settings name one
+    and `evaluation` does not.
 
     Unknown keys, impossible values and contradictions are refused by one `ValidationError`, which
     names the path of each and, where a name is misspelt, the nearest that there is.

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from mmdd.config import RunConfig
 from mmdd.data.open import open_dataset
+from mmdd.devices import place
 from mmdd.distill import METHODS
 from mmdd.distill.loop import Context
 from mmdd.encoders import build_model
@@ -62,7 +63,7 @@ def _buffer(config: RunConfig) -> tuple[ExpertConfig, Context, Path]:
         torch.set_num_threads(config.runtime.threads)
     dataset = open_dataset(config.dataset, config.runtime)
     device = resolve_device(config.runtime.device)
-    model = build_model(config.model).to(device)
+    model = place(build_model(config.model), device)
     start = initial_pairs(config, dataset, model)
     context = make_context(config, dataset, model, device, start)
     distiller: Any = METHODS[config.method].distiller

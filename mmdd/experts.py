@@ -8,6 +8,7 @@ independent of each other: several processes may fill one buffer, each takes wha
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -415,15 +416,16 @@ def _step(
     with seeded_dropout([seed, step], batch.images.device):
         z_image, z_text = model(batch.images, batch.texts, batch.mask)
     loss = losses.contrastive_loss(config.loss, z_image, z_text, config.temperature, None)
-    if not torch.isfinite(loss):
+    value = loss.item()  # the one number that the host waits for
+    if not math.isfinite(value):
         raise NonFiniteError(
-            f"expert with seed {seed}: the loss is {loss.item()} at step {step + 1}: lower its "
+            f"expert with seed {seed}: the loss is {value} at step {step + 1}: lower its "
             f"learning rates (image {config.lr_image}, heads {config.lr_heads})."
         )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return value
 
 
 def _require_finite(

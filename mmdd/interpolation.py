@@ -3,17 +3,12 @@
 A layer is one parameter tensor: a weight and its bias count as two.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
-import psutil
 import torch
 from torch import Tensor
 
 from mmdd.errors import ConfigError
-from mmdd.experts import ExpertBuffer
-
-_MOST_BYTES = 4 * 2**30  # of snapshots kept in memory, where a quarter of what is free is not less
 
 
 def layer_ratios(displacements: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -69,33 +64,3 @@ def interpolate(
         torch.mean(moved, dim=0, out=piece)
         piece.mul_(ratio).mul_(alpha).add_(origin)
     return found, ratios
-
-
-class SnapshotCache:
-    """Snapshots of experts, each read from the disk once as long as they fit into memory.
-
-    limit: bytes to keep, by default a quarter of the memory that is free, at most 4 GiB; the
-    snapshots that were not asked for the longest give way. Book: notebooks/08_mdm.
-    """
-
-    def __init__(self, buffer: ExpertBuffer, device: torch.device, limit: int | None = None):
-        if limit is None:
-            limit = min(_MOST_BYTES, psutil.virtual_memory().available // 4)
-        self.buffer, self.device, self.limit = buffer, device, limit
-        self.num_bytes = 0
-        self.reads = 0  # from the disk
-        self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-
-    def read(self, expert: int, snapshot: int) -> Tensor:
-        """What `ExpertBuffer.read` gives, on the device; not to be changed."""
-        key = (expert, snapshot)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key].to(self.device)
-        flat = self.buffer.read(expert, snapshot)
-        self.reads += 1
-        self._kept[key] = flat
-        self.num_bytes += flat.nbytes
-        while self.num_bytes > self.limit:
-            self.num_bytes -= self._kept.popitem(last=False)[1].nbytes
-        return flat.to(self.device)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mmdd.devices import exact_float32
+
 _PACKAGE = Path(__file__).resolve().parent
 # Modules that only show, fetch or launch: changing them changes no result.
 _WITHOUT_EFFECT = {
@@ -146,7 +148,12 @@ def environment(device: torch.device, code: str) -> dict[str, Any]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or the CPU without one."""
+    """ "auto" is the first GPU, or the CPU without one.
+
+    From then on this process multiplies float32 numbers exactly, on a GPU too: see
+    `mmdd.devices.exact_float32`.
+    """
+    exact_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

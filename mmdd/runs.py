@@ -17,6 +17,7 @@ from mmdd.batches import RealBatches, real_pairs
 from mmdd.config import RunConfig, is_stale, method_entry
 from mmdd.data.open import open_dataset
 from mmdd.data.pairs import PairDataset
+from mmdd.devices import place
 from mmdd.disk import locked
 from mmdd.distill import METHODS
 from mmdd.distill.loop import Context, Progress, distill
@@ -73,10 +74,10 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
         dataset.indices(split)  # a missing one is an error now, not after the distillation
 
     device = resolve_device(runtime.device)
-    template = build_model(config.model).to(device)
+    template = place(build_model(config.model), device)
     students_of = template
     if config.student is not None:
-        students_of = build_model(config.student).to(device)
+        students_of = place(build_model(config.student), device)
         if config.method not in METHODS:
             template = students_of
 
@@ -281,6 +282,8 @@ def distill_run(
         settings, context, experts_folder(config), config.runtime.progress
     )
     method = entry.distiller(settings, replace(context, prepared=prepared))
+    if config.runtime.compile:
+        method.compile_encoders()
     result, progress = distill(
         method,
         settings.iterations,
@@ -291,7 +294,7 @@ def distill_run(
         callback=callback,
         callback_every=callback_every,
     )
-    progress.prepared = cost
+    progress.prepared = cost | ({"compiled": True} if config.runtime.compile else {})
     return result, progress
 
 
@@ -449,7 +452,7 @@ def evaluate_pairs(
 ) -> list[dict[str, Any]]:
     """`evaluate_file` of a set and a dataset that are open already. Book: book/format."""
     device = resolve_device(config.runtime.device)
-    template = build_model(config.student or config.model).to(device)
+    template = place(build_model(config.student or config.model), device)
     return evaluate(
         pairs,
         dataset,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdd.batches import RealBatches, SetBatches, TextTable, pixels, real_pairs
+from mmdd.batches import Batch, RealBatches, SetBatches, TextTable, pixels, real_pairs
 from mmdd.data.pairs import PairDataset
 from mmdd.data.scenes import Scenes
 from mmdd.encoders import DualEncoder, ModelConfig, build_model
@@ -175,3 +175,51 @@ def test_set_batches() -> None:
     assert [len(b.index) for b in batches.epoch(2, seed=7, epoch=0)] == [2, 2, 1]
     vectors = SetBatches(SyntheticPairs(pairs.images, torch.rand(5, 6)), CPU)
     assert next(vectors.epoch(5, 0, 0)).mask is None
+
+
+def test_what_was_fetched_ahead_is_the_draw_itself(uneven: PairDataset, model: DualEncoder) -> None:
+    plain, ahead = (
+        RealBatches(uneven, "train", model, "both", torch.device("cpu"), prefetch)
+        for prefetch in (False, True)
+    )
+
+    def same(a: Batch, b: Batch) -> bool:
+        return all(
+            torch.equal(x, y)
+            for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+            if x is not None
+        )
+
+    for step in range(3):
+        rngs = [np.random.default_rng([7, step]) for _ in range(2)]
+        following = np.random.default_rng([7, step + 1])
+        first = plain.draw(3, rngs[0])
+        second = ahead.draw(3, rngs[1], ahead=following)
+        assert same(first, second)
+        # A generator goes on as if it had been used, and other draws come in between.
+        assert rngs[0].random() == rngs[1].random()
+        assert same(plain.draw(2, rngs[0]), ahead.draw(2, rngs[1]))
+    assert (plain.hits, ahead.hits) == (0, 2)
+    assert same(plain.draw(2, np.random.default_rng(5)), ahead.draw(2, np.random.default_rng(5)))
+    pairs = zip(plain.epoch(2, 0, 1), ahead.epoch(2, 0, 1), strict=True)
+    assert all(same(a, b) for a, b in pairs)
+
+
+def test_an_error_while_fetching_ahead_reaches_the_caller(
+    uneven: PairDataset, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = RealBatches(uneven, "train", model, "both", torch.device("cpu"), prefetch=True)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is gone")
+
+    batches.draw(2, np.random.default_rng(0), ahead=np.random.default_rng(1))
+    batches.draw(2, np.random.default_rng(1))
+    monkeypatch.setattr(batches.dataset, "draw", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches.draw(2, np.random.default_rng(0), ahead=np.random.default_rng(1))
+    monkeypatch.undo()
+    batches.draw(2, np.random.default_rng(0), ahead=np.random.default_rng(1))
+    batches._ahead.found.result()  # type: ignore[union-attr]
+    monkeypatch.setattr(batches.dataset, "draw", fail)
+    assert len(batches.draw(2, np.random.default_rng(1)).images) == 2  # it is here already

@@ -169,6 +169,7 @@ def test_precision_names_a_run_unless_it_is_single() -> None:
     assert make(precision="float32").run_id == make().run_id
     assert make(precision="bfloat16").run_id != make().run_id
     assert make(precision="bfloat16").set_id != make().set_id
+    assert len({make(precision=p).run_id for p in ("float32", "tf32", "bfloat16")}) == 3
     with pytest.raises(ValidationError, match="precision"):
         make(precision="float16")
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmdd.errors import ConfigError
-from mmdd.experts import ExpertBuffer
-from mmdd.interpolation import SnapshotCache, interpolate, layer_ratios
+from mmdd.interpolation import interpolate, layer_ratios
 
 SIZES = [6, 1, 20, 3]
 
@@ -124,33 +123,3 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="at least two experts moved"):
             interpolate(torch.zeros(4), moved, sizes, 0.5)
-
-
-class Files(ExpertBuffer):
-    """A buffer of numbered vectors that counts what is read."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-
-    def read(self, expert: int, snapshot: int) -> Tensor:
-        self.asked.append((expert, snapshot))
-        return torch.full((25,), 10.0 * expert + snapshot)  # 100 bytes
-
-
-def test_snapshots_are_read_once_while_they_fit() -> None:
-    files = Files()
-    cache = SnapshotCache(files, torch.device("cpu"), limit=250)
-    for expert, snapshot in ((0, 1), (1, 1), (0, 1), (0, 1)):
-        assert cache.read(expert, snapshot)[0] == 10 * expert + snapshot
-    assert files.asked == [(0, 1), (1, 1)]
-    assert (cache.reads, cache.num_bytes) == (2, 200)
-    cache.read(2, 2)  # (1, 1) was not asked for the longest
-    assert cache.num_bytes == 200
-    cache.read(0, 1)
-    assert files.asked == [(0, 1), (1, 1), (2, 2)]
-    cache.read(1, 1)
-    assert files.asked[-1] == (1, 1)
-    nothing = SnapshotCache(files, torch.device("cpu"), limit=50)  # less than one
-    assert nothing.read(3, 3)[0] == 33
-    assert nothing.num_bytes == 0
-    assert SnapshotCache(files, torch.device("cpu")).limit > 100

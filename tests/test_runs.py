@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from mmdd import runs
 from mmdd.config import RunConfig
 from mmdd.data.scenes import Scenes
+from mmdd.distill import Distiller
 from mmdd.encoders import build_model
 from mmdd.errors import ArtefactError, ConfigError, DataError, NonFiniteError, StoreError
 from mmdd.runs import METRICS, evaluate_file, initial_pairs, load_results, run, set_path, summarise
@@ -518,3 +519,27 @@ def test_evaluate_file(results: Path, tmp_path: Path) -> None:
     (tmp_path / "junk.safetensors").write_bytes(b"junk" * 10)
     with pytest.raises(ArtefactError, match="junk"):
         evaluate_file(tmp_path / "junk.safetensors", make())
+
+
+# -- settings for a GPU ----------------------------------------------------------------------------
+
+
+def test_a_record_says_that_its_encoders_were_compiled(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch's tracing without its compiler, which takes a minute.
+    monkeypatch.setattr(Distiller.compile_encoders, "__defaults__", ("eager",))
+    wished = SMALL["runtime"] | {"compile": True}
+    found = run(make(runtime=wished), tmp_path)
+    plain = stored(results)
+    assert found["cost"]["compiled"] is True
+    assert "compiled" not in plain["cost"]
+    assert found["run_id"] == plain["run_id"]
+    assert found["students"][0]["test"] == pytest.approx(plain["students"][0]["test"], abs=5)
+    with pytest.raises(ConfigError, match="dc cannot be compiled: it differentiates a gradient"):
+        run(make(method="dc", runtime=wished), tmp_path)
+
+
+def test_tf32_is_no_precision_of_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'tf32' is a mode of NVIDIA GPUs"):
+        run(make(precision="tf32"), tmp_path)

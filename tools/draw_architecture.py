@@ -18,11 +18,11 @@ PICTURE = ROOT / "book" / "architecture.svg"
 
 # In the order in which data flow: a stage may import what stands before it.
 STAGES: dict[str, tuple[str, ...]] = {
-    "Ground": ("errors", "disk", "seal", "files", "paths", "provenance", "_torchvision"),
+    "Ground": ("errors", "disk", "seal", "files", "paths", "devices", "provenance", "_torchvision"),
     "Losses": ("losses", "similarity", "statistics", "synthetic", "retrieval"),
     "Data": ("data",),
     "Models": ("encoders", "protocols", "batches"),
-    "Students and experts": ("evaluation", "experts", "interpolation"),
+    "Students and experts": ("evaluation", "experts", "snapshots", "interpolation"),
     "Selection": ("selection",),
     "Distillation": ("distill",),
     "Runs": (

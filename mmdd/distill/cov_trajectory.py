@@ -10,6 +10,7 @@ from mmdd import losses
 from mmdd.distill.joined import join_gradient
 from mmdd.distill.loop import Terms
 from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
+from mmdd.experts import seeded_dropout
 
 _REAL = 5  # stream of random numbers
 
@@ -60,9 +61,10 @@ class CovTrajectory(TrajectoryMatching):
         config = self.config
         start, target = self._draw(iteration)
         parameters = self.layout.named(start if config.snapshot == "start" else target)
-        real = self.context.real.draw(config.real_batch, self.rng(_REAL, iteration))
-        with torch.no_grad():
-            of_real = self._embed(parameters, real.images, real.texts, real.mask)
-        of_set = self._embed(parameters, self.set.pixels(), *self.set.text())
+        real = self.real_batch(config.real_batch, _REAL, iteration)
+        with seeded_dropout([self.seed, iteration, _REAL], self.device):
+            with torch.no_grad():
+                of_real = self._embed(parameters, real.images, real.texts, real.mask)
+            of_set = self._embed(parameters, self.set.pixels(), *self.set.text())
         covariance, means = losses.covmatch_terms(*of_real, *of_set, config.rho)
         return covariance + config.lambda_ * means

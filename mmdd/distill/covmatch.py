@@ -55,6 +55,7 @@ class CovMatch(PairDistiller):
     """
 
     name = "covmatch"
+    uncompiled = ""
 
     config: CovMatchConfig
 
@@ -85,7 +86,7 @@ class CovMatch(PairDistiller):
         config = self.config
         if iteration > 0 and iteration % config.reset_every == 0:
             self._reset_model(iteration // config.reset_every)
-        batch = self.context.real.draw(config.real_batch, self.rng(_REAL, iteration))
+        batch = self.real_batch(config.real_batch, _REAL, iteration)
         needs_graph = config.update == "real"
         with torch.set_grad_enabled(needs_graph), self._precision():
             self._real_features = self.model(batch.images, batch.texts, batch.mask, normalize=False)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdd.devices import laid_out
 from mmdd.encoders.image import ImageEncoder
 from mmdd.synthetic import SyntheticPairs
 
@@ -31,7 +32,7 @@ class LearnablePairs(nn.Module):
         self.register_buffer("mean", encoder.mean.detach().clone().view(1, 3, 1, 1))
         self.register_buffer("std", encoder.std.detach().clone().view(1, 3, 1, 1))
         device = self.mean.device
-        images = (start.images.to(device) - self.mean) / self.std
+        images = laid_out((start.images.to(device) - self.mean) / self.std)
         self.images = nn.Parameter(images, requires_grad=learn_images)
         self.texts = nn.Parameter(start.texts.to(device).clone(), requires_grad=learn_texts)
         mask = start.text_mask
@@ -43,7 +44,7 @@ class LearnablePairs(nn.Module):
     def pixels(self, index: Tensor | None = None) -> Tensor:
         """Images (k, 3, H, W) in pixel units, differentiable."""
         images = self.images if index is None else self.images[index]
-        return images * self.std + self.mean
+        return laid_out(images * self.std + self.mean)
 
     def text(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Texts and their mask at `index`, differentiable."""
@@ -55,7 +56,7 @@ class LearnablePairs(nn.Module):
         """A copy of the set as it is now, on the CPU."""
         with torch.no_grad():
             return SyntheticPairs(
-                self.pixels().float().cpu().clone(),
+                self.pixels().float().cpu().clone(memory_format=torch.contiguous_format),
                 self.texts.detach().float().cpu().clone(),
                 text_mask=None if self.mask is None else self.mask.cpu().clone(),
                 metadata=metadata,

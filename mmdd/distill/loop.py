@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import psutil
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmdd.batches import RealBatches
+from mmdd.batches import Batch, RealBatches
+from mmdd.devices import arithmetic
 from mmdd.encoders.dual import DualEncoder
-from mmdd.errors import ArtefactError, NonFiniteError
+from mmdd.errors import ArtefactError, ConfigError, NonFiniteError
 from mmdd.files import load_checkpoint, save_checkpoint
 from mmdd.protocols import Protocol
 from mmdd.synthetic import SyntheticPairs
 
 HISTORY_POINTS = 200  # what a record keeps of the losses
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Terms = Mapping[str, Tensor | float]  # losses and other scalars of an iteration, on the device
 
 
@@ -36,8 +37,9 @@ Terms = Mapping[str, Tensor | float]  # losses and other scalars of an iteration
 class Context:
     """What a method works with: where it starts, real batches, the model, the protocol, a seed.
 
-    The model is the method's own copy to change. precision: of forward passes. model_config: what
-    the model was built from, as JSON values. prepared: what the method's `prepare` returned.
+    The model is the method's own copy to change. precision: "float32"; "bfloat16", of forward
+    passes; "tf32", of products of float32 numbers on a GPU. model_config: what the model was built
+    from, as JSON values. prepared: what the method's `prepare` returned.
     """
 
     start: SyntheticPairs
@@ -64,6 +66,8 @@ class Distiller(ABC):
 
     name: str
     optimizer: torch.optim.Optimizer
+    # Why `compile_encoders` refuses; "" where it does not.
+    uncompiled: ClassVar[str] = "it calls its model with parameters that change in every iteration"
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context, self.seed = config, context, context.seed
@@ -114,6 +118,23 @@ class Distiller(ABC):
         """The generator of one purpose (stream) in one iteration."""
         return np.random.default_rng([self.seed, stream, iteration])
 
+    def real_batch(self, size: int, stream: int, iteration: int) -> Batch:
+        """Random real pairs of an iteration; those of the next one are fetched meanwhile."""
+        return self.context.real.draw(
+            size, self.rng(stream, iteration), ahead=self.rng(stream, iteration + 1)
+        )
+
+    def compile_encoders(self, backend: str = "inductor") -> None:
+        """Compile the encoders' passes, see `DualEncoder.compile_encoders`.
+
+        Raises `ConfigError` for a method that cannot be compiled. Book: book/sweeps.
+        """
+        if self.uncompiled:
+            raise ConfigError(
+                f"{self.name} cannot be compiled: {self.uncompiled}. Leave runtime.compile off."
+            )
+        self.context.model.compile_encoders(backend)
+
 
 @dataclass
 class Progress:
@@ -160,6 +181,29 @@ def distill(
     seed, protocol or dataset, or of other settings (but for the number of iterations).
     Book: notebooks/07_covmatch.
     """
+    with arithmetic(method.context.precision, method.context.real.device):
+        return _distill(
+            method,
+            iterations,
+            checkpoint,
+            checkpoint_every,
+            clip,
+            progress,
+            callback,
+            callback_every,
+        )
+
+
+def _distill(
+    method: Distiller,
+    iterations: int,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    clip: float | None,
+    progress: bool,
+    callback: Callable[[int, SyntheticPairs], None] | None,
+    callback_every: int,
+) -> tuple[SyntheticPairs, Progress]:
     done = _resume(method, checkpoint)
     broken = [name for name, t in method.learnables().items() if not torch.isfinite(t).all()]
     if broken:  # or there would be no good set to go back to

@@ -236,8 +236,9 @@ class _Matching(PairDistiller):
         super().load_state_dict(state)
         self.online.load_state_dict(state["model"])
 
-    def _real_batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        batch = self.context.real.draw(self.config.real_batch, rng)
+    def _real_pairs(self, iteration: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the set is matched with in an iteration."""
+        batch = self.real_batch(self.config.real_batch, _REAL, iteration)
         return batch.images, batch.texts, batch.mask
 
     def _synthetic_batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -261,6 +262,7 @@ class GradientMatching(_Matching):
     """
 
     name = "dc"
+    uncompiled = "it differentiates a gradient, and compiled code has no second derivative"
 
     config: GradientMatchingConfig
 
@@ -290,7 +292,7 @@ class GradientMatching(_Matching):
         """
         config, online = self.config, self.online
         online.go_to(iteration // config.reset_every)
-        batch = self._real_batch(self.rng(_REAL, iteration))
+        batch = self._real_pairs(iteration)
         real_loss = online.info_nce(*batch, config.temperature)
         real = online.gradient(real_loss)
         batch = self._synthetic_batch(self.rng(_SYNTHETIC, iteration))
@@ -316,7 +318,8 @@ class GradientMatching(_Matching):
         value = torch.zeros(())
         for _ in range(config.model_steps):
             if config.update == "real":
-                images, texts, mask = self._real_batch(rng)
+                batch = self.context.real.draw(config.real_batch, rng)
+                images, texts, mask = batch.images, batch.texts, batch.mask
             else:
                 with torch.no_grad():
                     images, texts, mask = self._synthetic_batch(rng)
@@ -344,6 +347,7 @@ class DistributionMatching(_Matching):
     """
 
     name = "dm"
+    uncompiled = ""
 
     config: DistributionMatchingConfig
 
@@ -356,7 +360,7 @@ class DistributionMatching(_Matching):
         """One matching loss: ‖μ_v^T − μ_v^S‖² + ‖μ_l^T − μ_l^S‖², its terms by side."""
         self.online.go_to(iteration // self.config.reset_every)
         with torch.no_grad():
-            real = self.online.project(*self._real_batch(self.rng(_REAL, iteration)))
+            real = self.online.project(*self._real_pairs(iteration))
         synthetic = self.online.project(*self._synthetic_batch(self.rng(_SYNTHETIC, iteration)))
         image, text = (
             mean_distance(self._to_match(r), self._to_match(s))

@@ -19,7 +19,8 @@ from mmdd.distill.loop import Context, Terms
 from mmdd.encoders.dual import DualEncoder
 from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer, ExpertConfig, Layout, prepare_experts
-from mmdd.interpolation import SnapshotCache, interpolate
+from mmdd.interpolation import interpolate
+from mmdd.snapshots import SnapshotCache
 
 _REAL, _SYNTHETIC, _MODEL = 1, 2, 3  # streams of random numbers
 _COMMON_HEADS = 77_000_000  # the seed of the projections that experts with a common start share
@@ -136,7 +137,7 @@ class Mdm(PairDistiller):
     def backward(self, iteration: int) -> Terms:
         """InfoNCE of the synthetic pairs, plus the energies between real and synthetic features."""
         parameters, ratio = self.draw_model(iteration)
-        batch = self.context.real.draw(self.config.real_batch, self.rng(_REAL, iteration))
+        batch = self.real_batch(self.config.real_batch, _REAL, iteration)
         with torch.no_grad():
             real = self._embed(parameters, batch.images, batch.texts, batch.mask)
         index = self.some_pairs(self.config.synthetic_batch, _SYNTHETIC, iteration)

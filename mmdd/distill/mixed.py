@@ -188,10 +188,9 @@ def _finite_difference(
     relative_step: float,
 ) -> Mixed:
     length = _norm(direction)
-    if length == 0:
-        zeros = [torch.zeros_like(u) for u in inputs]
-        return Mixed(zeros, [torch.zeros_like(t) for t in theta] if curvature else None)
-    step = relative_step * _norm(theta) / length
+    # No direction: both sides are at θ, and their difference is 0 whatever it is divided by. All
+    # of it stays on the device, as asking for a number would make the host wait.
+    step = relative_step * _norm(theta) / torch.where(length > 0, length, 1.0)
     sides = []
     for sign in (1.0, -1.0):
         moved = [(t + sign * step * v) for t, v in zip(theta, direction, strict=True)]
@@ -207,5 +206,6 @@ def _finite_difference(
     return Mixed(found[: len(inputs)], found[len(inputs) :] if curvature else None)
 
 
-def _norm(parts: Sequence[Tensor]) -> float:
-    return float(torch.stack([p.detach().double().square().sum() for p in parts]).sum().sqrt())
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    """The length of all parts together, a float64 scalar."""
+    return torch.stack([p.detach().double().square().sum() for p in parts]).sum().sqrt()

@@ -97,6 +97,7 @@ class Moments(PairDistiller):
     """
 
     name = "moments"
+    uncompiled = ""
 
     config: MomentsConfig
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdd import losses
+from mmdd.batches import on_device
 from mmdd.distill.loop import Context
 from mmdd.distill.trajectory import LorsConfig, TrajectoryMatching
 from mmdd.errors import ConfigError
@@ -95,7 +95,7 @@ class RepBlend(TrajectoryMatching):
     def _partners(self, size: int, key: list[int]) -> tuple[Tensor, float]:
         """Who is blended with whom in a student step, and ρ; the same in every pass over it."""
         rng = np.random.default_rng([*key, _BLEND])
-        partner = torch.from_numpy(rng.permutation(size)).to(self.device)
+        partner = on_device(rng.permutation(size), self.device)
         beta = self.config.blend_beta
         return partner, self.config.blend if beta is None else float(rng.beta(beta, beta))
 

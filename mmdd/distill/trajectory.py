@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from mmdd.similarity import (
     LowRankSimilarity,
     Similarity,
 )
+from mmdd.snapshots import SnapshotCache
 from mmdd.synthetic import SyntheticPairs
 
 _DRAW, _BATCHES = 1, 2  # streams of random numbers
@@ -111,6 +111,7 @@ class TrajectoryMatching(PairDistiller):
     """
 
     name = "mtt"
+    uncompiled = "it differentiates a gradient, and compiled code has no second derivative"
 
     config: TrajectoryConfig
 
@@ -124,6 +125,10 @@ class TrajectoryMatching(PairDistiller):
         super().__init__(config, context)
         self.experts: ExpertBuffer = context.prepared
         _check(config, self.experts, len(context.start))
+        # A GPU keeps the snapshots that fit. A CPU reads them again, from the kernel's page cache:
+        # iterations would gain little, and hold all of them in memory.
+        on_gpu = self.device.type == "cuda"
+        self.snapshots = SnapshotCache(self.experts, self.device) if on_gpu else None
         self.layout = Layout.of(self.model, context.protocol)
         freeze_all_but(self.model, context.protocol)
         self.model.train()
@@ -135,7 +140,8 @@ class TrajectoryMatching(PairDistiller):
         self.raw_rates = nn.Parameter(rates.log() if config.log_rates else rates)
         self.raw_rates.requires_grad_(config.learn_rates)
         self.optimizer = self.make_optimizer()
-        self._error = 0.0
+        self._error: Tensor | float = 0.0
+        self._iteration = 0  # the last one, for `hint`
 
     def _similarity(self) -> Similarity:
         """S̃ as it starts, its noise drawn from the run's seed."""
@@ -178,6 +184,7 @@ class TrajectoryMatching(PairDistiller):
 
     def backward(self, iteration: int) -> Terms:
         config = self.config
+        self._iteration = iteration
         start, target = self._draw(iteration)
         for _, parameter, _ in self.learned():
             parameter.grad = None
@@ -201,7 +208,8 @@ class TrajectoryMatching(PairDistiller):
         return self._snapshot(expert, begin), self._snapshot(expert, end)
 
     def _snapshot(self, expert: int, number: int) -> list[Tensor]:
-        return self.layout.parts(self.experts.read(expert, number).to(self.device))
+        source = self.experts if self.snapshots is None else self.snapshots
+        return self.layout.parts(source.read(expert, number).to(self.device))
 
     def after_step(self, iteration: int) -> Terms:
         if not self.config.log_rates:
@@ -248,23 +256,30 @@ class TrajectoryMatching(PairDistiller):
 
     def _inputs(self, rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
         texts, mask = self.set.text(rows)
+        # Also on a CPU, whose second derivatives of convolutions it makes faster.
         images = self.set.pixels(rows).contiguous(memory_format=torch.channels_last)
         return [images, texts, self.similarity.matrix(rows)], mask
+
+    def _groups(self) -> list[list[int]]:
+        """The places of the parts that a distance is taken over together."""
+        groups: dict[str, list[int]] = {}
+        for i, part in enumerate(self.layout.sizes):
+            key = part if self.config.distance == "part" else part.split("_")[0]
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
 
     def _distance(
         self, student: Sequence[Tensor], target: Sequence[Tensor], start: Sequence[Tensor]
     ) -> Tensor:
         """Relative squared distance to the target, added over branches or parts."""
-        groups: dict[str, list[int]] = {}
-        for i, part in enumerate(self.layout.sizes):
-            key = part if self.config.distance == "part" else part.split("_")[0]
-            groups.setdefault(key, []).append(i)
         terms = []
-        for members in groups.values():
+        for members in self._groups():
             end, goal, origin = (
                 torch.cat([v[i] for i in members]) for v in (student, target, start)
             )
-            terms.append(losses.trajectory_distance(end, goal, origin))
+            # `losses.trajectory_distance` without its look at the length, for which a host would
+            # wait for its device: an expert that stood still ends in a loss that is not finite.
+            terms.append((end - goal).square().sum() / (origin - goal).square().sum())
         return torch.stack(terms).sum()
 
     # -- gradients ---------------------------------------------------------------------------------
@@ -391,13 +406,23 @@ class TrajectoryMatching(PairDistiller):
 
     def hint(self) -> str:
         config = self.config
+        if self._stood_still():
+            return "choose snapshots further apart: an expert did not move between two of them"
         return (
             f"lower lr_image ({config.lr_image}), lr_text ({config.lr_text}) and lr_rates "
             f"({config.lr_rates}), or start from smaller student_lr_*"
         )
 
+    def _stood_still(self) -> bool:
+        """Whether the expert of the last iteration stood still, in a branch or part."""
+        start, target = self._draw(self._iteration)
+        return any(
+            bool(torch.equal(*(torch.cat([v[i] for i in members]) for v in (start, target))))
+            for members in self._groups()
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"error": self._error}
+        return super().state_dict() | {"error": float(self._error)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -433,11 +458,13 @@ def _copy(module: FullSimilarity | LowRankSimilarity) -> Similarity:
     return fresh
 
 
-def _relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """‖found - exact‖ / ‖exact‖ over all tensors."""
-    wrong = sum(float((a - b).double().square().sum()) for a, b in zip(found, exact, strict=True))
-    size = sum(float(b.double().square().sum()) for b in exact)
-    return float(np.sqrt(wrong / size)) if size > 0 else float(wrong > 0)
+def _relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
+    """‖found - exact‖ / ‖exact‖ over all tensors, a scalar; with nothing exact, 1 for anything."""
+    wrong = torch.stack(
+        [(a - b).double().square().sum() for a, b in zip(found, exact, strict=True)]
+    )
+    size = torch.stack([b.double().square().sum() for b in exact]).sum()
+    return torch.where(size > 0, (wrong.sum() / size).sqrt(), (wrong.sum() > 0).double())
 
 
 def _check(config: TrajectoryConfig, experts: ExpertBuffer, pairs: int) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from mmdd.devices import upload
 from mmdd.encoders._weights import shipped_content
 from mmdd.encoders.image import ImageEncoder, ImageEncoderSpec, build_image_encoder
 from mmdd.encoders.pairs import PAIRS, EncoderPair
@@ -133,7 +134,22 @@ class DualEncoder(nn.Module):
                 for module in head.modules():
                     if isinstance(module, nn.Linear | nn.LayerNorm):
                         fresh = type(module)(**_arguments(module))
-                        module.load_state_dict(fresh.state_dict())
+                        # Not load_state_dict, at which the host would wait for a GPU.
+                        with torch.no_grad():
+                            for name, parameter in module.named_parameters():
+                                drawn = fresh.get_parameter(name)
+                                parameter.copy_(upload(drawn, parameter.device), non_blocking=True)
+
+    def compile_encoders(self, backend: str = "inductor") -> None:
+        """Have torch compile the passes of both encoders, when they are first asked for.
+
+        backend: of `torch.compile`. A batch of another size is compiled anew. What was compiled has
+        no second derivative and does not see parameters put in by `functional_call`. Results
+        differ by rounding. A copy of the model is not compiled. Book: book/sweeps.
+        """
+        self.image_encoder.compile(backend=backend, dynamic=False)
+        for part in self.text_encoder.children():
+            part.compile(backend=backend, dynamic=False)
 
 
 def _arguments(module: nn.Linear | nn.LayerNorm) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmdd._torchvision import ensure_torchvision
 from mmdd.data.captions import MAX_WORDS, VOCABULARY
 from mmdd.encoders.image import ImageEncoder
-from mmdd.encoders.text import TextEncoder
+from mmdd.encoders.text import TextEncoder, attention_mask
 from mmdd.errors import ConfigError
 from mmdd.files import load_tensors
 from mmdd.paths import data_file
@@ -135,7 +135,8 @@ class ScenesTextEncoder(TextEncoder):
 
     def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Contextual token vectors, (B, L, 64)."""
-        return self.bert(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+        given = attention_mask(self.bert, mask, embeddings.dtype)
+        return self.bert(inputs_embeds=embeddings, attention_mask=given).last_hidden_state
 
     def encode(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         if len(embeddings) == 0:  # attention cannot split a batch of nothing into heads

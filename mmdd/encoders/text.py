@@ -5,6 +5,7 @@ that are learned as token embeddings enter at the seam; real captions pass both 
 """
 
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,14 +233,12 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     def _hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         if not self.causal:
-            output = self.model(inputs_embeds=embeddings, attention_mask=mask.long())
-            return output.last_hidden_state
+            given = attention_mask(self.model, mask, embeddings.dtype)
+            return self.model(inputs_embeds=embeddings, attention_mask=given).last_hidden_state
         # transformers' CLIP text model accepts ids only, so its three parts are called in turn.
         length = embeddings.shape[1]
         seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        allowed = seen & mask[:, None, None, :]  # (B, 1, L, L)
-        lowest = torch.finfo(embeddings.dtype).min
-        bias = torch.zeros_like(allowed, dtype=embeddings.dtype).masked_fill(~allowed, lowest)
+        bias = _bias(seen & mask[:, None, None, :], embeddings.dtype)  # (B, 1, L, L)
         hidden = self.model.embeddings(inputs_embeds=embeddings)
         hidden = self.model.encoder(inputs_embeds=hidden, attention_mask=bias).last_hidden_state
         return self.model.final_layer_norm(hidden)
@@ -250,6 +249,28 @@ class HuggingFaceTextEncoder(TextEncoder):
         Book: notebooks/02_encoders_and_evaluation.
         """
         return list(self.model.embeddings.parameters())
+
+
+def attention_mask(model: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a text model of transformers takes for a mask (B, L) bool of its tokens.
+
+    To a mask of that form transformers looks whether any token is left out, and the host waits for
+    its device in every pass. One that is ready to be added to the scores, (B, 1, 1, L), it takes as
+    it is, to the same numbers; where a model is not known to do so, it gets the first.
+    """
+    module = sys.modules[type(model).__module__]
+    ready = (
+        hasattr(module, "create_bidirectional_mask")
+        and not hasattr(module, "create_bidirectional_sliding_window_mask")
+        and model.config._attn_implementation == "eager"
+    )
+    return _bias(mask[:, None, None, :].bool(), dtype) if ready else mask.long()
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, the lowest number elsewhere."""
+    nothing = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, nothing, torch.finfo(dtype).min)
 
 
 def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from mmdd.batches import RealBatches, real_pairs
 from mmdd.data.pairs import PairDataset
 from mmdd.data.scenes import Scenes
-from mmdd.distill import Context
+from mmdd.distill import METHODS, Context, Distiller
 from mmdd.encoders import (
     DualEncoder,
     ImageEncoderSpec,
@@ -72,6 +74,42 @@ def make_context(scenes: PairDataset, models: dict[str, DualEncoder]) -> Callabl
             protocol=protocol,
             seed=seed,
         )
+
+    return make
+
+
+# The smallest settings of every method.
+SMALL: dict[str, Any] = {
+    "real_batch": 8,
+    "synthetic_batch": 4,
+    "syn_steps": 2,
+    "max_start_epoch": 1,
+    "max_start_text": 1,
+    "model_steps": 2,
+    "reset_every": 2,
+    "lr_image": 0.01,
+    "lr_text": 0.01,
+    "lr_similarity": 0.01,
+    "experts": {"count": 2, "epochs": 2, "batch_size": 20, "lr_image": 0.02},
+}
+
+
+@pytest.fixture(scope="session")
+def make_method(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Distiller]:
+    """make_method(name, context, …): any method on its smallest settings; experts are shared."""
+    folder = tmp_path_factory.mktemp("experts")
+
+    def make(name: str, context: Context, **changes: Any) -> Distiller:
+        entry = METHODS[name]
+        values = {k: v for k, v in (SMALL | changes).items() if k in entry.config.model_fields}
+        config: Any = entry.config(**values)
+        # What a buffer is named by: the wide model's experts are not the narrow one's.
+        context = replace(context, model_config={"width": str(type(context.model.image_encoder))})
+        prepared, _ = entry.distiller.prepare(config, context, folder, progress=False)
+        method: Any = entry.distiller
+        return method(config, replace(context, prepared=prepared))
 
     return make
 

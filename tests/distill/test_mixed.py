@@ -154,3 +154,21 @@ def test_nothing_is_left_behind() -> None:
         for tensor in (*theta, *inputs):
             assert tensor.grad is None
             assert not tensor.requires_grad
+
+
+def test_the_difference_is_that_of_a_step_counted_by_the_host() -> None:
+    loss, theta, inputs = problem("silu")
+    direction = [torch.randn(theta[0].shape, generator=torch.Generator().manual_seed(3)).double()]
+
+    def norm(parts: list[Tensor]) -> float:
+        return float(torch.stack([p.double().square().sum() for p in parts]).sum().sqrt())
+
+    step = 1e-4 * norm(theta) / norm(direction)
+    sides = []
+    for sign in (1.0, -1.0):
+        moved = [t + sign * step * v for t, v in zip(theta, direction, strict=True)]
+        leaves = [u.detach().requires_grad_() for u in inputs]
+        sides.append(torch.autograd.grad(loss(moved, leaves), leaves))
+    wanted = [(a - b) / (2 * step) for a, b in zip(*sides, strict=True)]
+    found = mixed_derivative(loss, theta, inputs, direction, "finite-difference").inputs
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

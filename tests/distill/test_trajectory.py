@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from mmdd import losses
 from mmdd.batches import RealBatches
 from mmdd.data.pairs import PairDataset
-from mmdd.distill import METHODS, Context, distill
+from mmdd.distill import METHODS, Context, distill, iterate
 from mmdd.distill.decoupled import DecoupledConfig
 from mmdd.distill.moment_trajectory import MomentTrajectory
 from mmdd.distill.moments import JointMoments
@@ -25,6 +26,7 @@ from mmdd.errors import ConfigError
 from mmdd.experts import ExpertBuffer
 from mmdd.protocols import PROTOCOLS, Protocol, trained_parameters
 from mmdd.similarity import FullSimilarity, LowRankSimilarity
+from mmdd.snapshots import SnapshotCache
 from mmdd.synthetic import SyntheticPairs
 
 MakeContext = Callable[..., Context]
@@ -647,3 +649,30 @@ def test_independent_losses_are_the_projects(make: Make) -> None:
     for name in ("info_nce", "ence", "bce", "wbce"):
         mine = contrastive_loss(name, z[0], z[1], 0.07, similarity)  # type: ignore[arg-type]
         assert mine.item() == pytest.approx(loss_of(name, z[0], z[1], similarity).item(), rel=1e-10)
+
+
+def test_snapshots_come_from_where_they_are_kept(make: Make) -> None:
+    plain, kept = make("lors"), make("lors")
+    kept.snapshots = SnapshotCache(kept.experts, kept.device)  # as on a GPU
+    for iteration in range(3):
+        assert iterate(kept, iteration) == iterate(plain, iteration)
+    assert 0 < kept.snapshots.reads <= 2 * 3
+    assert plain.snapshots is None
+
+
+@pytest.mark.parametrize("distance", ["branch", "part"])
+def test_the_distance_is_that_of_the_losses(make: Make, distance: str) -> None:
+    method = make("mtt", distance=distance)
+    start, target = method._draw(0)
+    student = [t + 0.01 * torch.randn_like(t) for t in target]
+    parts = list(method.layout.sizes)
+    groups = [[p] for p in parts] if distance == "part" else [["image"], ["text"]]
+    wanted = []
+    for (name,) in groups:
+        rows = [i for i, part in enumerate(parts) if part.startswith(name)]
+        wanted.append(
+            losses.trajectory_distance(
+                *(torch.cat([v[i] for i in rows]) for v in (student, target, start))
+            )
+        )
+    assert torch.equal(method._distance(student, target, start), torch.stack(wanted).sum())

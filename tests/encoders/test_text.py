@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import grad, jvp
 
 from mmdd._torchvision import ensure_torchvision
-from mmdd.encoders.text import TextEncoderSpec, build_text_encoder, minilm_folder
+from mmdd.encoders.text import TextEncoderSpec, attention_mask, build_text_encoder, minilm_folder
 from mmdd.errors import ConfigError, DataError, DownloadError
 
 CAPTIONS = [
@@ -53,6 +53,39 @@ def spread(encoder):
 
 
 # -- equality with transformers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != CLIP])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_prepared_mask_gives_the_same_bits(name, padded):
+    encoder = spread(build(name))
+    ids, mask = encoder.tokenize(CAPTIONS)
+    if not padded:  # transformers then leaves the mask out altogether
+        ids, mask = ids[1:2, :8], mask[1:2, :8]
+        assert mask.all()
+    embeddings = encoder.embed(ids).detach()
+    results = []
+    for given in (mask.long(), attention_mask(encoder.model, mask, embeddings.dtype)):
+        inputs = embeddings.clone().requires_grad_()
+        hidden = encoder.model(inputs_embeds=inputs, attention_mask=given).last_hidden_state
+        results.append((hidden, *torch.autograd.grad(hidden.square().sum(), inputs)))
+    assert given.shape == (len(ids), 1, 1, ids.shape[1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_models_that_take_no_prepared_mask_get_a_plain_one():
+    ensure_torchvision()
+    from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
+
+    config = {**SMALL, "pad_token_id": 0, "attn_implementation": "eager"}
+    mask = torch.tensor([[True, True, False]])
+    windows = ModernBertModel._from_config(ModernBertConfig(**SMALL, pad_token_id=0))
+    fused = BertModel._from_config(BertConfig(**config), attn_implementation="sdpa")
+    for model in (windows, fused):
+        assert attention_mask(model, mask, torch.float32).tolist() == [[1, 1, 0]]
+    eager = BertModel._from_config(BertConfig(**config), attn_implementation="eager")
+    ready = attention_mask(eager, mask, torch.float32)
+    assert ready.tolist() == [[[[0, 0, torch.finfo(torch.float32).min]]]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
