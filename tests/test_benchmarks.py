@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -72,6 +73,43 @@ def test_a_quick_run_writes_a_record(name: str, tmp_path: Path, measure: ModuleT
         assert [run["workers"] for run in runs] == [0, 1, 2]
         assert len({run["pixels"] for run in runs}) == 1
         assert all(run["peak_rss_bytes"] > 2**20 for run in runs)
+
+
+def gpu(*arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / "gpu.py"), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_gpu_benchmark_in_small(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    first = gpu("--smoke", "--record", str(path))
+    record = json.loads(path.read_text())
+    methods = {"covmatch", "mdm", "lors", "tesla", "mtt"}
+    assert {name.split()[0] for name in record["iterations"]} == methods
+    for found in record["iterations"].values():
+        assert found["operations"] > 1e6
+        assert found["median_seconds"] > 0
+    assert set(record["gains"]) == {"TF32", "bfloat16", "channels-last", "torch.compile"}
+    assert set(record["waits"]) == methods
+    # Methods with experts read those from the disk on a CPU; nothing else is asked for.
+    assert record["waits"]["covmatch"]["waits"] == record["waits"]["mdm"]["waits"] == {}
+    assert record["students"]["image+text_head"]["ratio"] > 0
+    assert set(record["end-to-end"]["scenes"]["recall"]) >= {"random pairs", "CovMatch", "chance"}
+    assert "error" not in path.read_text()
+    # What is there is left out; what is lost is measured again, alone.
+    del record["waits"]["mdm"]
+    path.write_text(json.dumps(record))
+    assert [line.split(":")[0] for line in gpu("--smoke", "--record", str(path)).splitlines()] == [
+        "waits, mdm"
+    ]
+    assert len(first.splitlines()) == 16
+
+
+def test_the_gpu_benchmark_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        return  # it would measure
+    assert gpu().startswith("no CUDA device here: nothing was measured")
+    assert not (FOLDER / "gpu.json").exists()  # and a trial's numbers never go there
 
 
 def test_bench_goes_on_after_a_failure_and_ends_with_the_table(tmp_path: Path) -> None:
