@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = {
     "presets.py",
     "provenance.py",
     "published.py",
+    "results.py",
     "seal.py",
     "store.py",
     "sweep.py",

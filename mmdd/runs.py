@@ -7,10 +7,8 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 import torch
 
 from mmdd.batches import RealBatches, real_pairs
@@ -22,7 +20,7 @@ from mmdd.disk import locked
 from mmdd.distill import METHODS
 from mmdd.distill.loop import Context, Progress, distill
 from mmdd.encoders import DualEncoder, build_model
-from mmdd.errors import ArtefactError, ConfigError, StoreError
+from mmdd.errors import ArtefactError, StoreError
 from mmdd.evaluation import evaluate
 from mmdd.files import remove_checkpoint
 from mmdd.paths import cache_dir
@@ -33,9 +31,35 @@ from mmdd.selection.noise import noise_like
 from mmdd.store import SCHEMA, ResultsStore
 from mmdd.synthetic import SyntheticPairs
 
+if TYPE_CHECKING:
+    from mmdd.results import METRICS, load_results, summarise
+
+__all__ = [
+    "METRICS",
+    "distill_run",
+    "evaluate_file",
+    "evaluate_pairs",
+    "experts_folder",
+    "initial_pairs",
+    "load_results",
+    "make_context",
+    "run",
+    "set_path",
+    "student_factory",
+    "summarise",
+]
+
 log = logging.getLogger(__name__)
 
-METRICS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10", "mean")
+if not TYPE_CHECKING:  # or the checker would take any name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        """What reads records stands in a module that no run loads: it decides no result."""
+        if name in ("METRICS", "load_results", "summarise"):
+            from mmdd import results
+
+            return getattr(results, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any]:
@@ -337,104 +361,6 @@ def _no_cost() -> dict[str, Any]:
 
 def _rounded(scores: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in scores.items()}
-
-
-def load_results(path: str | Path = "results") -> pd.DataFrame:
-    """Every record of a store as a table, one row per (run, student seed).
-
-    Columns: run_id, sweep, dataset, model, method, pairs, protocol, seed, student_seed, the six
-    recalls and their mean on test after the last epoch, validation_mean, mean_best_on_test,
-    chance_mean, costs, device, `stale` (made by other code than today's), `difference` (largest, to
-    the stale record that this one replaced, in points of the mean; NaN where it replaced none) and
-    `config` (a dict). `model` is the pair of the distillation, `student_model` the students'.
-    `pairs` of the full-data reference is the size of its train split. An empty store gives an
-    empty table with the same columns. Raises `StoreError` naming an unreadable record.
-
-    Book: notebooks/02_encoders_and_evaluation.
-    """
-    rows = []
-    for record in ResultsStore(path).records():
-        config, cost = record["config"], record["cost"]
-        shared = {
-            "run_id": record["run_id"],
-            "sweep": record["sweep"],
-            "dataset": record["dataset"]["name"],
-            "model": config["model"]["pair"],
-            "student_model": config.get("student", config["model"])["pair"],
-            "method": config["method"],
-            "pairs": config.get("pairs", record["dataset"]["splits"].get("train")),
-            "protocol": record["protocol"],
-            "seed": config["seed"],
-        }
-        for student in record["students"]:
-            rows.append(
-                shared
-                | {"student_seed": student["student_seed"]}
-                | {metric: student["test"][metric] for metric in METRICS}
-                | {
-                    "validation_mean": student["validation"]["mean"],
-                    "mean_best_on_test": student["best_on_test"]["mean"],
-                    "chance_mean": record["chance"]["mean"],
-                    "student_seconds": student["seconds"],
-                }
-                | {name: cost[name] for name in _no_cost()}
-                | {
-                    "device": record["environment"]["device"],
-                    "stale": is_stale(record),
-                    "difference": record.get("replaced", {}).get("largest_difference"),
-                    "finished": record["finished"],
-                    "config": config,
-                }
-            )
-    frame = pd.DataFrame(rows, columns=None if rows else _columns())
-    return frame.sort_values(["sweep", "run_id", "student_seed"], ignore_index=True)
-
-
-_RUN_COLUMNS = (
-    *("run_id", "sweep", "dataset", "model", "student_model"),
-    *("method", "pairs", "protocol", "seed"),
-)
-_STUDENT_COLUMNS = ("validation_mean", "mean_best_on_test", "chance_mean", "student_seconds")
-
-
-def _columns() -> list[str]:
-    return [
-        *_RUN_COLUMNS,
-        "student_seed",
-        *METRICS,
-        *_STUDENT_COLUMNS,
-        *_no_cost(),
-        "device",
-        "stale",
-        "difference",
-        "finished",
-        "config",
-    ]
-
-
-def summarise(
-    results: pd.DataFrame, by: list[str] | None = None, metric: str = "mean"
-) -> pd.DataFrame:
-    """Mean and standard deviation over students, and over distillation seeds where there are some.
-
-    Columns: the grouping ones, `mean`, `std` (over all students, n - 1), `students`, `seeds`.
-    Raises `ConfigError` for a column that the table lacks. Book: notebooks/07_covmatch.
-    """
-    by = by or ["dataset", "protocol", "pairs", "method"]
-    missing = [name for name in [*by, metric] if name not in results]
-    if missing:
-        raise ConfigError(
-            f"the results have no column {missing[0]!r}: {', '.join(map(str, results.columns))}."
-        )
-    grouped = results.groupby(by, sort=True)
-    return pd.DataFrame(
-        {
-            "mean": grouped[metric].mean(),
-            "std": grouped[metric].std(ddof=1).fillna(np.nan),
-            "students": grouped[metric].size(),
-            "seeds": grouped["seed"].nunique(),
-        }
-    ).reset_index()
 
 
 def evaluate_file(path: str | Path, config: RunConfig) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ def test_words_for_readers_do_not_count(copy_of_the_package: Path) -> None:
     edit(path, "def info_nce", "# a comment\n\n\ndef info_nce")
     edit(path, '"""InfoNCE, the mean of', '"""The mean of')
     edit(copy_of_the_package / "plots.py", "0.15", "0.25")
+    edit(copy_of_the_package / "results.py", "ddof=1", "ddof=0")
     edit(copy_of_the_package / "data/download.py", "import", "import os\nimport")
     assert fresh() == source_hash()
 

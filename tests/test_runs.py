@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +22,16 @@ from mmdd.data.scenes import Scenes
 from mmdd.distill import Distiller
 from mmdd.encoders import build_model
 from mmdd.errors import ArtefactError, ConfigError, DataError, NonFiniteError, StoreError
-from mmdd.runs import METRICS, evaluate_file, initial_pairs, load_results, run, set_path, summarise
+from mmdd.runs import (
+    METRICS,
+    _no_cost,
+    evaluate_file,
+    initial_pairs,
+    load_results,
+    run,
+    set_path,
+    summarise,
+)
 from mmdd.store import ResultsStore
 from mmdd.synthetic import SyntheticPairs
 
@@ -543,3 +554,25 @@ def test_a_record_says_that_its_encoders_were_compiled(
 def test_tf32_is_no_precision_of_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'tf32' is a mode of NVIDIA GPUs"):
         run(make(precision="tf32"), tmp_path)
+
+
+# -- what only shows -------------------------------------------------------------------------------
+
+
+def test_a_run_loads_nothing_that_only_shows() -> None:
+    """Nor scikit-learn, which one selection needs: a second of every point of a sweep."""
+    code = (
+        "import sys, mmdd.runs, mmdd.config\n"
+        "print(*[m for m in ('mmdd.results', 'pandas', 'sklearn') if m in sys.modules])\n"
+        "from mmdd.runs import load_results, summarise\n"
+        "print('mmdd.results' in sys.modules, load_results.__module__)\n"
+    )
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["", "True mmdd.results"]
+
+
+def test_the_table_knows_every_cost(results: Path) -> None:
+    assert set(_no_cost()) <= set(load_results(results).columns)
+    with pytest.raises(AttributeError, match="no attribute 'load_result'"):
+        getattr(runs, "load_result")  # noqa: B009

@@ -204,10 +204,7 @@ class Mdm(PairDistiller):
             # With a common start snapshot 0 is the same for all; it is read once.
             own = [0 if self.config.common_start else expert for expert in experts]
             starts = [self.snapshots.read(expert, 0) for expert in own]
-            moved = torch.stack(ends)
-            for row, start in zip(moved, starts, strict=True):
-                row -= start
-            flat, ratios = interpolate(starts[0], moved, self.sizes, self.config.alpha)
+            flat, ratios = interpolate(starts, ends, self.sizes, self.config.alpha)
         return self.layout.named(self.layout.parts(flat)), ratios
 
     def _embed(

@@ -3,8 +3,6 @@
 import warnings
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from mmdd.selection.base import Candidates, Selection
@@ -34,6 +32,10 @@ def k_means(rows: np.ndarray, pairs: int, seed: int) -> np.ndarray:
 
 def _clusters(rows: np.ndarray, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Centres (pairs, d) and the number of each row's cluster (n,)."""
+    # Imported here: it takes a second, and the registry of selections loads this file for all.
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     state = int(np.random.default_rng([seed, 20]).integers(2**31))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
