@@ -11,6 +11,7 @@ from torch import Tensor
 from mmdd.errors import ConfigError
 
 _BLOCK = 2**18  # entries of an expert that are worked on at a time
+_LINE = 16  # entries
 
 
 def layer_ratios(displacements: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -52,13 +53,17 @@ def _ratios(grams: list[Tensor]) -> Tensor:
 
 
 def interpolate(
-    starts: Sequence[Tensor], ends: Sequence[Tensor], sizes: Sequence[int], alpha: float
+    starts: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    sizes: Sequence[int],
+    alpha: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """θ0 + α·t·mean(Δ), layer by layer: returns (θ (p,), t (layers,)).
 
     starts, ends: (p,) each, of k ≥ 2 experts, Δ = end - start; θ0 is the first start. sizes, t and
-    what is refused: see `layer_ratios`. α = 0 is the start; α = 1 with experts that agree is θ0
-    and their mean move.
+    what is refused: see `layer_ratios`. out: what θ is written to, a new tensor by default. α = 0
+    is the start; α = 1 with experts that agree is θ0 and their mean move.
 
     Source: MDM (CVPR 2026), model initialisation. Book: notebooks/08_mdm.
     """
@@ -70,17 +75,19 @@ def interpolate(
         )
     # Block by block, twice: a block fits into a cache of the processor, the whole often does not.
     blocks = _blocks(sizes)
-    room = starts[0].new_empty(len(ends), max(sum(block) for _, block in blocks))
+    # Every entry lies to a cache line as in a matrix of all that moved: sums may round by that.
+    width = max(sum(block) for _, block in blocks) + _LINE
+    room = starts[0].new_empty(len(ends), width + (shape[1] - width) % _LINE)
 
     def moved(first: int, block: list[int]) -> Tensor:
         part = slice(first, first + sum(block))
-        rows = room[:, : sum(block)]
+        rows = room[:, first % _LINE :][:, : sum(block)]
         for row, start, end in zip(rows, starts, ends, strict=True):
             torch.sub(end[part], start[part], out=row)
         return rows
 
     ratios = _ratios([gram for at, block in blocks for gram in _grams(moved(at, block), block)])
-    found = torch.empty_like(starts[0])
+    found = torch.empty_like(starts[0]) if out is None else out
     layers = iter(ratios)
     for at, block in blocks:
         piece = found[at : at + sum(block)]
@@ -92,7 +99,7 @@ def interpolate(
 
 
 def _blocks(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Runs of layers of up to `_BLOCK` entries, or one larger layer: (first entry, sizes)."""
+    """Runs of layers of `_BLOCK` entries at most, or one larger layer: (first entry, sizes)."""
     blocks: list[tuple[int, list[int]]] = []
     at, room = 0, 0
     for size in sizes:

@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).resolve().parent
 # Modules that only show, fetch or launch: changing them changes no result.
 _WITHOUT_EFFECT = {
     "__main__.py",
+    "allocator.py",
     "board.py",
     "combinations.py",  # it refuses, and what it lets pass stays the same
     "data/download.py",

@@ -6,6 +6,7 @@ synonyms. The whole vocabulary is `VOCABULARY`; no caption is longer than `MAX_W
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,7 +55,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     say = _Speaker(rng)
     order = sorted(scene.objects, key=lambda _: rng.random())
     first, second = order[0], order[1]
-    template = int(np.searchsorted(_TEMPLATE_EDGES, rng.random(), side="right"))
+    template = bisect_right(_TEMPLATE_EDGES, rng.random())
     if template == 0:
         joint = say.one("and", "next to", "with")
         return f"{say.object(first)} {joint} {say.object(second)}"

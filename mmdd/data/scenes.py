@@ -6,7 +6,9 @@ operations that IEEE 754 rounds exactly (+ - * / sqrt, comparisons), never sin, 
 last bit differs between processors.
 """
 
+import itertools
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ COLOURS = {
 SIZES = {"small": 0.135, "large": 0.22}  # radius as a share of the picture's width
 TEXTURES = ("solid", "striped", "dotted")
 TEXTURE_SHARE = (0.50, 0.25, 0.25)
+_TEXTURE_EDGES = list(itertools.accumulate(TEXTURE_SHARE))
 HUES = {
     "grey": (0.55, 0.55, 0.56),
     "beige": (0.82, 0.74, 0.58),
@@ -39,6 +42,7 @@ HUES = {
     "olive": (0.47, 0.48, 0.22),
 }
 PATTERNS = ("plain", "gradient", "checkered", "speckled")
+_COLOUR_NAMES, _SIZE_NAMES, _HUE_NAMES = tuple(COLOURS), tuple(SIZES), tuple(HUES)
 CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of a 2 × 2 grid
 CAPTIONS_PER_IMAGE = 5
 
@@ -131,7 +135,7 @@ class Scenes:
 
 
 def _draw_scene(rng: np.random.Generator) -> Scene:
-    u = rng.random(24)  # a fixed number of draws per scene keeps the stream easy to follow
+    u = rng.random(24).tolist()  # a fixed number of draws per scene keeps the stream easy to follow
     count = 2 + int(u[0] * 2)
     cells = list(CELLS)
     objects = []
@@ -140,14 +144,14 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
         objects.append(
             SceneObject(
                 shape=_pick(SHAPES, v[0]),
-                colour=_pick(tuple(COLOURS), v[1]),
-                size=_pick(tuple(SIZES), v[2]),
-                texture=TEXTURES[int(np.searchsorted(np.cumsum(TEXTURE_SHARE), v[3], "right"))],
+                colour=_pick(_COLOUR_NAMES, v[1]),
+                size=_pick(_SIZE_NAMES, v[2]),
+                texture=TEXTURES[bisect_right(_TEXTURE_EDGES, v[3])],
                 cell=cells.pop(int(v[4] * len(cells))),
             )
         )
     objects.sort(key=lambda o: o.cell)
-    return Scene(_pick(tuple(HUES), u[1]), _pick(PATTERNS, u[2]), tuple(objects))
+    return Scene(_pick(_HUE_NAMES, u[1]), _pick(PATTERNS, u[2]), tuple(objects))
 
 
 def _pick(options: tuple[str, ...], u: float) -> str:
@@ -178,7 +182,9 @@ def _render_block(
     for i in range(n):
         rng = np.random.default_rng([*stream, first + i, 1])
         jitter[i] = rng.random(64)
-        noise[i] = rng.random((size, size, 3)) + rng.random((size, size, 3)) - 1.0
+        two = rng.random((2, size, size, 3))
+        np.add(two[0], two[1], out=noise[i])
+    noise -= 1.0
     centre = (np.arange(size) + 0.5) / size
     y, x = np.broadcast_to(centre[:, None], (size, size)), np.broadcast_to(centre, (size, size))
 

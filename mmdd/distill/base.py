@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from mmdd.allocator import keep_freed_memory
 from mmdd.batches import on_device
 from mmdd.distill.learnable import LearnablePairs
 from mmdd.distill.loop import Context, Distiller
@@ -45,6 +46,7 @@ class PairDistiller(Distiller):
 
     def __init__(self, config: PairsConfig, context: Context) -> None:
         super().__init__(config, context)
+        keep_freed_memory()
         self.model, self.device = context.model, context.real.device
         self.set = LearnablePairs(
             context.start, self.model.image_encoder, config.learn_images, config.learn_texts

@@ -128,6 +128,7 @@ class Mdm(PairDistiller):
         self.layout = Layout.of(self.model, context.protocol)
         self.sizes = [shape.numel() for shape in self.layout.shapes]
         self.snapshots: SnapshotCache | None = None
+        self._flat: Tensor | None = None  # of the last model, written over by the next
         if config.model != "pretrained":
             self.snapshots = SnapshotCache(context.prepared, self.device)
         self.model.eval()
@@ -182,7 +183,8 @@ class Mdm(PairDistiller):
     def draw_model(self, iteration: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """The model of an iteration: its parameters by name, and the interpolation's t per layer.
 
-        Parameters that are not named are the pretrained ones.
+        Parameters that are not named are the pretrained ones. Those of an interpolation are views
+        of memory that the next call writes to.
         """
         rng = self.rng(_MODEL, iteration)
         if self.snapshots is None:
@@ -204,7 +206,8 @@ class Mdm(PairDistiller):
             # With a common start snapshot 0 is the same for all; it is read once.
             own = [0 if self.config.common_start else expert for expert in experts]
             starts = [self.snapshots.read(expert, 0) for expert in own]
-            flat, ratios = interpolate(starts, ends, self.sizes, self.config.alpha)
+            flat, ratios = interpolate(starts, ends, self.sizes, self.config.alpha, out=self._flat)
+            self._flat = flat
         return self.layout.named(self.layout.parts(flat)), ratios
 
     def _embed(
