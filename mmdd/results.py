@@ -23,8 +23,10 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
     Columns: run_id, sweep, dataset, model, method, pairs, protocol, seed, student_seed, the six
     recalls and their mean on test after the last epoch, validation_mean, mean_best_on_test,
     chance_mean, costs, device, `stale` (made by other code than today's), `difference` (largest, to
-    the stale record that this one replaced, in points of the mean; NaN where it replaced none) and
-    `config` (a dict). `model` is the pair of the distillation, `student_model` the students'.
+    the stale record that this one replaced, in points of the mean; NaN where it replaced none),
+    `cpu_seconds` (of the attempt that finished it, its sets and experts included where they were
+    not there yet; None in older records) and `config` (a dict). `model` is the pair of the
+    distillation, `student_model` the students'.
     `pairs` of the full-data reference is the size of its train split. An empty store gives an
     empty table with the same columns. Raises `StoreError` naming an unreadable record.
 
@@ -60,6 +62,7 @@ def load_results(path: str | Path = "results") -> pd.DataFrame:
                     "device": record["environment"]["device"],
                     "stale": is_stale(record),
                     "difference": record.get("replaced", {}).get("largest_difference"),
+                    "cpu_seconds": record.get("cpu_seconds"),
                     "finished": record["finished"],
                     "config": config,
                 }
@@ -85,6 +88,7 @@ def _columns() -> list[str]:
         "device",
         "stale",
         "difference",
+        "cpu_seconds",
         "finished",
         "config",
     ]

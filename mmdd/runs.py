@@ -1,6 +1,7 @@
 """From a configuration to a record: select, distil, train students, score, remember."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -85,6 +86,7 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
         return found
     if found is not None and runtime.data is None:
         return found
+    begin = _cpu_seconds()
     dataset = open_dataset(config.dataset, runtime)
     if found is not None:
         if found["dataset"]["fingerprint"] != dataset.fingerprint:
@@ -139,6 +141,8 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
             "tokenizer": getattr(template.text_encoder, "tokenizer_kind", "scenes"),
         },
         "environment": environment(device, code),
+        # Of what was left to do: experts, checkpoints and sets that were there cost nothing here.
+        "cpu_seconds": round(_cpu_seconds() - begin, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for student in students:
@@ -148,6 +152,12 @@ def run(config: RunConfig, results_dir: str | Path = "results") -> dict[str, Any
         record["replaced"] = _compared(replaced, record)
     store.write(record)
     return record
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of those it waited for, all threads."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def student_factory(template: DualEncoder, seed: int) -> Callable[[int], DualEncoder]:

@@ -112,6 +112,8 @@ def test_a_record(results: Path) -> None:
     assert found["model"]["tokenizer"] == "scenes"
     assert found["model"]["parameters"] > 400_000
     assert datetime.fromisoformat(found["finished"]).tzinfo is not None
+    training = sum(student["seconds"] for student in found["students"])
+    assert 0.3 * training < found["cpu_seconds"] < 3_600
     assert found == json.loads(json.dumps(found))
 
 
