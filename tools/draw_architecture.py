@@ -18,7 +18,10 @@ PICTURE = ROOT / "book" / "architecture.svg"
 
 # In the order in which data flow: a stage may import what stands before it.
 STAGES: dict[str, tuple[str, ...]] = {
-    "Ground": ("errors", "disk", "seal", "files", "paths", "devices", "provenance", "_torchvision"),
+    "Ground": (
+        *("errors", "disk", "seal", "files", "paths", "devices", "provenance", "allocator"),
+        "_torchvision",
+    ),
     "Losses": ("losses", "similarity", "statistics", "synthetic", "retrieval"),
     "Data": ("data",),
     "Models": ("encoders", "protocols", "batches"),
@@ -26,7 +29,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "Selection": ("selection",),
     "Distillation": ("distill",),
     "Runs": (
-        *("config", "combinations", "mistakes", "grid", "presets", "store", "runs"),
+        *("config", "combinations", "mistakes", "grid", "presets", "store", "results", "runs"),
         *("expert_jobs", "board", "sweep"),
     ),
     "Readers of records": (
