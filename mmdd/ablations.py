@@ -113,7 +113,9 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     "replace" or "keep", and in use, which of the two the file's preset has today: "start", "best"
     or "other". Book: notebooks/09_comparison.
     """
-    scores = results.groupby("run_id")["validation_mean"].agg(["mean", "var", "size"])
+    grouped = results.groupby("run_id")["validation_mean"]
+    recall: dict[str, float] = grouped.mean().to_dict()
+    squared_error: dict[str, float] = (grouped.var() / grouped.size()).to_dict()
     told = []
     for grid in grids:
         size = read_sweep(Path(grid))[0].preset
@@ -122,18 +124,17 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
             key = (point.dataset.name, point.protocol, point.method)
             searches.setdefault(key, []).append(point)
         for key, (start, *others) in searches.items():
-            tried = [point for point in others if point.run_id in scores.index]
-            if start.run_id not in scores.index or not tried:
+            tried = [point for point in others if point.run_id in recall]
+            if start.run_id not in recall or not tried:
                 continue
-            best = max(tried, key=lambda point: scores.loc[point.run_id, "mean"])
-            own, new = scores.loc[start.run_id], scores.loc[best.run_id]
-            gain = new["mean"] - own["mean"]
-            needed = 2 * np.sqrt(own["var"] / own["size"] + new["var"] / new["size"])
+            best = max(tried, key=lambda point: recall[point.run_id])
+            gain = recall[best.run_id] - recall[start.run_id]
+            needed = 2 * (squared_error[best.run_id] + squared_error[start.run_id]) ** 0.5
             told.append(
                 dict(zip(["dataset", "protocol", "method"], key, strict=True))
                 | {
                     "trials": 1 + len(tried),
-                    "start": own["mean"],
+                    "start": recall[start.run_id],
                     "best": _difference(start, best),
                     "gain": gain,
                     "2 errors": needed,

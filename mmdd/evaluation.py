@@ -4,6 +4,7 @@ A student's score is the one after its last epoch. Nothing is chosen on test dat
 scores seen on the way is recorded beside it, only to show how much that would inflate it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -146,20 +147,17 @@ def train_student(
     elif features is None:
         features = FrozenFeatures(source, model, device)
     for epoch in range(config.epochs):
+        seen = []
         for z_image, z_text, index in _embedded(source, model, features, config, seed, epoch):
             loss = losses.contrastive_loss(
                 config.loss, z_image, z_text, config.temperature, _similarity(source, index)
             )
-            _require_finite(loss, seed, epoch, rates, trained)
+            seen.append(loss.detach())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        broken = [name for name, p in trained.items() if not torch.isfinite(p).all()]
-        if broken:  # by a gradient that is not finite, maybe after the last loss
-            raise NonFiniteError(
-                f"student {seed}: {broken[0]} is not finite after epoch {epoch + 1}: lower the "
-                f"learning rates ({_listed(rates, trained)})."
-            )
+        # Once an epoch, as the host waits for a GPU to read these.
+        _require_finite(seen, seed, epoch, rates, trained)
         schedule.step()
         if after_epoch is not None:
             after_epoch(epoch + 1)
@@ -195,16 +193,26 @@ def _similarity(source: RealBatches | SetBatches, index: Tensor) -> Tensor | Non
 
 
 def _require_finite(
-    loss: Tensor,
+    seen: list[Tensor],
     seed: int,
     epoch: int,
     rates: Mapping[Component, float],
     trained: dict[str, nn.Parameter],
 ) -> None:
-    if not torch.isfinite(loss):
+    """Raise for a loss of an epoch that is not finite, or for parameters that ended so."""
+    ends = [torch.isfinite(p).all() for p in trained.values()]
+    *found, good = torch.stack([*(t.double() for t in seen), torch.stack(ends).all()]).tolist()
+    bad = [loss for loss in found if not math.isfinite(loss)]
+    if bad:
         raise NonFiniteError(
-            f"student {seed}: the loss is {loss.item()} in epoch {epoch + 1}: "
+            f"student {seed}: the loss is {bad[0]} in epoch {epoch + 1}: "
             f"lower the learning rates ({_listed(rates, trained)})."
+        )
+    if not good:  # by a gradient that is not finite, maybe after the last loss
+        broken = [name for name, end in zip(trained, ends, strict=True) if not end]
+        raise NonFiniteError(
+            f"student {seed}: {broken[0]} is not finite after epoch {epoch + 1}: lower the "
+            f"learning rates ({_listed(rates, trained)})."
         )
 
 

@@ -19,8 +19,8 @@ PICTURE = ROOT / "book" / "architecture.svg"
 # In the order in which data flow: a stage may import what stands before it.
 STAGES: dict[str, tuple[str, ...]] = {
     "Ground": (
-        *("errors", "disk", "seal", "files", "paths", "devices", "provenance", "allocator"),
-        "_torchvision",
+        *("errors", "mistakes", "disk", "seal", "files", "paths", "devices", "provenance"),
+        *("allocator", "_torchvision"),
     ),
     "Losses": ("losses", "similarity", "statistics", "synthetic", "retrieval"),
     "Data": ("data",),
@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "Selection": ("selection",),
     "Distillation": ("distill",),
     "Runs": (
-        *("config", "combinations", "mistakes", "grid", "presets", "store", "results", "runs"),
+        *("config", "combinations", "grid", "presets", "store", "results", "runs"),
         *("expert_jobs", "board", "sweep"),
     ),
     "Readers of records": (

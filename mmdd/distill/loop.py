@@ -28,7 +28,7 @@ from mmdd.files import load_checkpoint, save_checkpoint
 from mmdd.protocols import Protocol
 from mmdd.synthetic import SyntheticPairs
 
-HISTORY_POINTS = 200  # what a record keeps of the losses
+HISTORY_POINTS = 100  # what a record keeps of the losses
 Precision = Literal["float32", "tf32", "bfloat16"]
 Terms = Mapping[str, Tensor | float]  # losses and other scalars of an iteration, on the device
 
