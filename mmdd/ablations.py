@@ -114,15 +114,17 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     or "other". Book: notebooks/09_comparison.
     """
     grouped = results.groupby("run_id")["validation_mean"]
-    recall: dict[str, float] = grouped.mean().to_dict()
-    squared_error: dict[str, float] = (grouped.var() / grouped.size()).to_dict()
+    recall = {str(run): float(x) for run, x in grouped.mean().items()}
+    errors = grouped.var() / grouped.size()
+    squared_error = {str(run): float(x) for run, x in errors.items()}
     told = []
     for grid in grids:
         size = read_sweep(Path(grid))[0].preset
         searches: dict[tuple[str, str, str], list[RunConfig]] = {}
         for point in load_sweep(grid):
-            key = (point.dataset.name, point.protocol, point.method)
-            searches.setdefault(key, []).append(point)
+            searches.setdefault((point.dataset.name, point.protocol, point.method), []).append(
+                point
+            )
         for key, (start, *others) in searches.items():
             tried = [point for point in others if point.run_id in recall]
             if start.run_id not in recall or not tried:
