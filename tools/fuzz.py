@@ -1,19 +1,26 @@
-"""Feed one reader with mutated files until the time is up: anything but a named error is a finding.
+"""Feed readers with mutated files until the time is up: anything but a named error is a finding.
 
     pip install atheris              # once; in no lock file, as only this script needs it
-    python tools/fuzz.py TARGET --seconds 600
+    python tools/fuzz.py TARGET … [--seconds 600]
+    python tools/fuzz.py --all [--seconds 600] [--record benchmarks/fuzz.json]
     python tools/fuzz.py --list
 
+Targets run one after the other, each for so many seconds, in slices of at most two minutes. What
+each slice did is added to the record, so that after Ctrl-C or a kill the same command goes on where
+it was; a target whose code has changed since begins again. Without `--all` nothing is recorded
+unless `--record` names a file. Ten minutes each take two hours.
+
 Coverage of `mmdd` guides the mutations (atheris, on top of libFuzzer). A finding is written to
-`fuzz-findings/TARGET/`, the fuzzer stops and says what was raised. Mend it, then keep the file,
-small and with a telling name, in `tests/fuzz/TARGET/`: the tests feed every file there to its
-target again (tests/test_fuzz.py), without atheris.
+`fuzz-findings/TARGET/`, and the next target's turn comes; the script ends with 1. Mend it, then
+keep the file, small and with a telling name, in `tests/fuzz/TARGET/`: the tests feed every file
+there to its target again (tests/test_fuzz.py), without atheris.
 """
 
 import argparse
 import copy
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -22,7 +29,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +36,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "tests" / "fuzz"
+RECORD = ROOT / "benchmarks" / "fuzz.json"
+SLICE = 120  # seconds that an interruption can cost
 
 # Values that a hand or a broken program puts where another is expected.
 ODD: tuple[Any, ...] = (
@@ -346,6 +354,9 @@ def records(data: bytes, folder: Path) -> None:
     single = folder / "results" / "sweep" / "0123456789abcdef.json"
     packed = folder / "results" / "sweep.jsonl"
     content = document(data, template)
+    if data[:1] > b"\x80":  # below a line that counts what follows, or another one
+        head = {"format": "mmdd.results", "records": 1, "version": 1}
+        content = document(data[::-1], head) + b"\n" + content
     (single if data[-1:] < b"\x80" else packed).write_bytes(content)
     (packed if data[-1:] < b"\x80" else single).write_text(json.dumps(template) + "\n")
     for call in (
@@ -497,10 +508,7 @@ def seeds(name: str) -> list[bytes]:
 
 def _fuzz(name: str, seconds: int, corpus: Path, findings: Path, scratch: Path) -> None:
     """Never returns: libFuzzer ends the process."""
-    try:
-        atheris: Any = importlib.import_module("atheris")
-    except ImportError:
-        sys.exit("tools/fuzz.py needs atheris: pip install atheris")
+    atheris: Any = importlib.import_module("atheris")
     sys.path.insert(0, str(ROOT))
     with atheris.instrument_imports(include=["mmdd"]):
         for module in ("data.readers", "synthetic", "store", "config", "encoders", "data.unpack"):
@@ -528,32 +536,15 @@ def _fuzz(name: str, seconds: int, corpus: Path, findings: Path, scratch: Path) 
     atheris.Fuzz()
 
 
-def main() -> None:
-    """Fuzz one target in a process of its own; print executions and findings as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("target", nargs="?", choices=sorted(TARGETS))
-    parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--corpus", type=Path, help="keep what was learned in this folder")
-    parser.add_argument("--list", action="store_true", help="name the targets")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    if words.list or not words.target:
-        for name, function in TARGETS.items():
-            print(f"{name:10} {(function.__doc__ or '').splitlines()[0]}")
-        return
-    findings = Path("fuzz-findings") / words.target
+def fuzz(name: str, seconds: int, corpus: Path) -> dict[str, Any]:
+    """Fuzz one target in a process of its own, and say what it did."""
+    findings = ROOT / "fuzz-findings" / name
     findings.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = words.corpus or Path(folder) / "corpus"
-        if words.child is not None:
-            _fuzz(words.target, words.seconds, corpus, findings, words.child)
-        corpus.mkdir(parents=True, exist_ok=True)
-        scratch = Path(folder) / "scratch"
-        scratch.mkdir()
-        begin = time.monotonic()
+    corpus.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
         process = subprocess.Popen(
-            [sys.executable, __file__, words.target, "--seconds", str(words.seconds),
-             "--corpus", str(corpus), "--child", str(scratch)],
+            [sys.executable, __file__, name, "--seconds", str(seconds),
+             "--corpus", str(corpus), "--child", scratch],
             stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
         lines = []
@@ -561,20 +552,115 @@ def main() -> None:
             lines.append(line)
             print(line, end="", file=sys.stderr)
         process.wait()
-    text = "".join(lines)
+    return told("".join(lines)) | {"exit": process.returncode}
+
+
+def told(text: str) -> dict[str, Any]:
+    """What libFuzzer prints of a run: executions, seconds, edges covered, names of findings."""
     executed = re.findall(r"stat::number_of_executed_units:\s*(\d+)", text) or re.findall(
         r"^#(\d+)", text, re.MULTILINE
     )
-    result = {
-        "target": words.target,
-        "seconds": round(time.monotonic() - begin),
+    done = re.findall(r"^Done \d+ runs in (\d+) second", text, re.MULTILINE)
+    return {
         "executions": int(executed[-1]) if executed else 0,
+        "seconds": int(done[-1]) if done else 0,
         "coverage": max(map(int, re.findall(r" cov: (\d+)", text)), default=0),
-        "findings": re.findall(r"Test unit written to (\S+)", text),
-        "exit": process.returncode,
+        "findings": [Path(p).name for p in re.findall(r"Test unit written to (\S+)", text)],
     }
-    print(json.dumps(result))
-    if process.returncode or result["findings"]:
+
+
+def code_version() -> str:
+    """12 hex digits of the package and of the targets: what the counts are about."""
+    digest = hashlib.sha256()
+    for path in (*sorted((ROOT / "mmdd").rglob("*.py")), Path(__file__).resolve()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Record:
+    """What was fuzzed so far: a file that is whole after every slice, or nothing but counts."""
+
+    def __init__(self, path: Path | None, code: str) -> None:
+        self.path, self.code = path, code
+        self.targets: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))["targets"]
+            self.targets = {entry["target"]: entry for entry in stored}
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The entry of a target; a fresh one where its code has changed."""
+        entry = self.targets.get(name)
+        if entry is None or entry["code"] != self.code:
+            entry = {
+                "target": name,
+                "what": (TARGETS[name].__doc__ or "").splitlines()[0],
+                "executions": 0,
+                "seconds": 0,
+                "coverage": 0,
+                "findings": [],
+                "code": self.code,
+            }
+        return entry
+
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        entry = self.of(name)
+        for key in ("executions", "seconds", "findings"):
+            entry[key] += found[key]
+        entry["coverage"] = max(entry["coverage"], found["coverage"])
+        self.targets[name] = entry
+        if self.path is not None:
+            self.write(self.path)
+
+    def write(self, path: Path) -> None:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from _measure import machine
+
+        entries = [self.targets[name] for name in TARGETS if name in self.targets]
+        total = {key: sum(entry[key] for entry in entries) for key in ("executions", "seconds")}
+        findings = sum(len(entry["findings"]) for entry in entries)
+        fuzzer = ["atheris"] if importlib.util.find_spec("atheris") else []
+        whole = {**total, "findings": findings, "targets": entries, "machine": machine(*fuzzer)}
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def main() -> None:
+    """Fuzz targets one after the other; print what each did as a line of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--seconds", type=int, default=600, help="of each target")
+    parser.add_argument("--all", action="store_true", help="every target, recorded")
+    parser.add_argument("--record", type=Path, help="add the counts to this file and go on from it")
+    parser.add_argument("--corpus", type=Path, help="keep what was learned in this folder")
+    parser.add_argument("--list", action="store_true", help="name the targets")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    unknown = [name for name in words.targets if name not in TARGETS]
+    if unknown:
+        parser.error(f"no target {unknown[0]!r}: choose from {', '.join(TARGETS)}")
+    if words.list or not (words.targets or words.all):
+        for name, function in TARGETS.items():
+            print(f"{name:10} {(function.__doc__ or '').splitlines()[0]}")
+        return
+    corpora = words.corpus or ROOT / "fuzz-findings" / "corpus"
+    if words.child is not None:
+        (name,) = words.targets
+        _fuzz(name, words.seconds, corpora, ROOT / "fuzz-findings" / name, words.child)
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit("tools/fuzz.py needs atheris: pip install atheris")
+    record = Record(words.record or (RECORD if words.all else None), code_version())
+    bad = False
+    for name in TARGETS if words.all else words.targets:
+        while (left := words.seconds - record.of(name)["seconds"]) > 0:
+            found = fuzz(name, min(left, SLICE), corpora / name)
+            record.add(name, found)
+            if found["exit"] or found["findings"] or not found["seconds"]:
+                break
+        entry = record.of(name)
+        bad = bad or bool(entry["findings"]) or entry["seconds"] < words.seconds
+        print(json.dumps(entry), flush=True)
+    if bad:
         sys.exit(1)
 
 
