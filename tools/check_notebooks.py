@@ -31,8 +31,16 @@ TINY: dict[str, dict[str, Any]] = {
     "17_repblend_amd": {"iterations": 4},
     "run": {"config": {"method": "covmatch", "pairs": 8, "settings": {"iterations": 3}}},
 }
-# What nbval takes for the same: where an object happens to lie in memory.
-SANITIZE = "[address]\nregex: 0x[0-9a-f]{6,}\nreplace: ADDRESS\n"
+# What nbval takes for the same: where an object lies in memory, the id of a styled table, and the
+# name of a temporary folder.
+SANITIZE = "".join(
+    f"[{name}]\nregex: {pattern}\nreplace: {name.upper()}\n"
+    for name, pattern in (
+        ("address", "0x[0-9a-f]{6,}"),
+        ("style", "T_[0-9a-f]{5}"),
+        ("folder", "tmp[a-z0-9_]{8}"),
+    )
+)
 CLOCK = re.compile(r"perf_counter|process_time|seconds|monotonic|timeit|created|stale|ratio")
 WARNING = re.compile(r"\b\w*Warning\b")
 
