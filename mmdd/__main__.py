@@ -193,8 +193,10 @@ def inspect(
     rates, metadata = about.pop("learning_rates"), about.pop("metadata")
     shown = {key: value for key, value in metadata.items() if not isinstance(value, list | dict)}
     rates = ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
+    about["size"] = f"{about.pop('num_bytes') / 1e3:,.0f} kB"
+    about["beyond black and white"] = f"{100 * about.pop('outside'):.1f} % of pixel values"
     for key, value in [*about.items(), ("learned rates", rates or "none"), *shown.items()]:
-        typer.echo(f"{key.replace('_', ' '):<20} {_told(value)}")
+        typer.echo(f"{key.replace('_', ' '):<24} {_told(value)}")
 
 
 @app.command(

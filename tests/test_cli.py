@@ -286,6 +286,8 @@ def test_a_set_is_shown_and_taken_elsewhere(call: Call, tmp_path: Path) -> None:
     for fact in ("mmdd.SyntheticPairs", "covmatch", "image+text_head", "MIT", "identity"):
         assert fact in output
     assert re.search(r"^images +3 × 32 × 32$", output, re.MULTILINE)
+    assert re.search(r"^size +627 kB$", output, re.MULTILINE)
+    assert re.search(r"^beyond black and white +\d\.\d % of pixel values$", output, re.MULTILINE)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     for form in ("folder", "dataset", "tensors"):
         code, output, _ = call("export", str(file), str(tmp_path / form), "--as", form)
