@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -292,6 +293,20 @@ def test_the_status_page_lists_versions_and_execution_times(small_book: Path) ->
     assert "1.0.4.post1" in text, "the version of jupyter-book"
     for name in EXECUTED:
         assert re.search(rf"{name} .*?\d+\.\d+", text), f"no execution time of {name}"
+
+
+def test_a_data_frame_is_tidied() -> None:
+    frame = pd.DataFrame(
+        {"a": [1.5, None], "b": pd.array([None, 3], dtype="Int64")},
+        index=["rows whose name is a sentence", "None"],
+    )
+    table = mmdd_book.tidied(frame.to_html(classes=""))
+    assert table.count("<td>–</td>") == 2
+    assert "NaN" not in table
+    assert "NA&gt;" not in table
+    assert '<th class="text">rows whose name is a sentence</th>' in table
+    assert "<td>1.5</td>" in table
+    assert "<th>a</th>" in table
 
 
 # ---------------------------------------------------------------- in the browser
@@ -571,14 +586,29 @@ def test_the_landing_page_says_it_all_on_one_screen(
     ]
 
 
+@pytest.mark.browser
+def test_one_picture_of_two_stands_on_the_landing_page(
+    browser: webdriver.Chrome, site: Path, address: str
+) -> None:
+    """On a phone the one whose words can be read there."""
+    for size, seen in ((DESKTOP, "landing.png"), (PHONE, "landing_phone.png")):
+        show(browser, f"{address}/book/intro.html", size)
+        pictures = browser.find_elements(By.CSS_SELECTOR, "#landing img, img.landing-phone")
+        assert len(pictures) == 2
+        shown = [p.get_attribute("src") or "" for p in pictures if p.is_displayed()]
+        assert [src.rsplit("/", 1)[1] for src in shown] == [seen]
+
+
 def test_the_numbers_of_the_landing_page_are_the_records() -> None:
-    picture = Image.open(ROOT / "book" / "landing.png")
     scores = landing_scores()
-    assert picture.info["Description"] == description(scores), "python tools/draw_result.py"
+    for name in ("landing.png", "landing_phone.png"):
+        told = Image.open(ROOT / "book" / name).info["Description"]
+        assert told == description(scores), "python tools/draw_result.py"
     page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
-    alternative = re.search(r":alt: (Fifty.*)", page)
-    assert alternative is not None
-    assert re.findall(r"\d+\.\d", alternative[1]) == [f"{m:.1f}" for m, _ in scores.values()]
+    alternatives = re.findall(r":alt: (Fifty.*)", page)
+    assert len(alternatives) == 2
+    for text in alternatives:
+        assert re.findall(r"\d+\.\d", text) == [f"{m:.1f}" for m, _ in scores.values()]
 
 
 # ---------------------------------------------------------------- the Sphinx extension
