@@ -45,12 +45,12 @@ def registered() -> Iterator[dict[str, Any]]:
     exec(imports, scope)
     exec(cell("method"), scope)
     yield scope
-    METHODS.pop("moments")
+    METHODS.pop("my-moments")
 
 
 def method(protocol: str, scope: dict[str, Any]) -> Any:
     config = preset(
-        "tiny", method="moments", pairs=6, protocol=protocol, settings={"iterations": 8}, **SMALL
+        "tiny", method="my-moments", pairs=6, protocol=protocol, settings={"iterations": 8}, **SMALL
     )
     dataset = open_dataset(config.dataset, config.runtime)
     model = build_model(config.model)
@@ -102,7 +102,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(
 
 def test_a_wrong_key_is_refused(registered: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, ValueError), match="lr_image"):
-        preset("tiny", method="moments", settings={"lr_image": 1})
+        preset("tiny", method="my-moments", settings={"lr_image": 1})
 
 
 @pytest.mark.notebook
@@ -131,11 +131,12 @@ def test_it_appears_in_the_comparison(tmp_path: Path) -> None:
         for soup in [BeautifulSoup(o["data"]["text/html"], "html.parser")]
     ]
     comparison, stock = (
-        next(t for t in tables if any(row[0] == name for row in t)) for name in ("moments", "set")
+        next(t for t in tables if any(row[0] == name for row in t))
+        for name in ("my-moments", "set")
     )
     rows = {row[0]: row for row in comparison}
-    assert {"moments", "random", "covmatch", "mtt", "full", "chance"} <= set(rows)
-    assert rows["moments"][-2:] == ["1", "2"]  # one seed, two students
+    assert {"my-moments", "random", "covmatch", "mtt", "full", "chance"} <= set(rows)
+    assert rows["my-moments"][-2:] == ["1", "2"]  # one seed, two students
     assert rows["random"][3] == "1.0"
     assert {row[0] for row in stock[1:]} == {"random", "covmatch", "mdm", "lors", "repblend"}
     assert not any("not yet run" in row for row in stock)
