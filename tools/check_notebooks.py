@@ -41,7 +41,9 @@ SANITIZE = "".join(
         ("folder", "tmp[a-z0-9_]{8}"),
     )
 )
-CLOCK = re.compile(r"perf_counter|process_time|seconds|monotonic|timeit|created|stale|ratio")
+CLOCK = re.compile(
+    r"perf_counter|\[.cost.\]|process_time|seconds|monotonic|timeit|created|stale|ratio"
+)
 WARNING = re.compile(r"\b\w*Warning\b")
 
 

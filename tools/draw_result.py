@@ -73,7 +73,9 @@ def draw_landing(phone: bool) -> None:
         images = pairs.images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
         axes.imshow(image_grid(images, columns=10), interpolation="nearest")
         axes.set_title(title, fontsize=sizes)
-        axes.set_xlabel(f"{scores[method][0]:.1f} %", fontsize=round(1.6 * sizes), fontweight="bold")
+        axes.set_xlabel(
+            f"{scores[method][0]:.1f} %", fontsize=round(1.6 * sizes), fontweight="bold"
+        )
         axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set_visible(False)
