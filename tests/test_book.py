@@ -297,7 +297,11 @@ def test_the_status_page_lists_versions_and_execution_times(small_book: Path) ->
 
 def test_a_data_frame_is_tidied() -> None:
     frame = pd.DataFrame(
-        {"a": [1.5, None], "b": pd.array([None, 3], dtype="Int64")},
+        {
+            "a": [1.5, None],
+            "b": pd.array([None, 3], dtype="Int64"),
+            "a head that is a sentence": ["short", "a cell that holds a sentence"],
+        },
         index=["rows whose name is a sentence", "None"],
     )
     table = mmdd_book.tidied(frame.to_html(classes=""))
@@ -307,6 +311,10 @@ def test_a_data_frame_is_tidied() -> None:
     assert '<th class="text">rows whose name is a sentence</th>' in table
     assert "<td>1.5</td>" in table
     assert "<th>a</th>" in table
+    assert "<th>a head that is a sentence</th>" in table
+    assert re.findall(r'<td class="text">(.*?)</td>', table) == [
+        "short", "a cell that holds a sentence"
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- in the browser

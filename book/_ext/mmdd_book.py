@@ -19,6 +19,7 @@
 import ast
 import hashlib
 import importlib.util
+import itertools
 import re
 import shutil
 from functools import cache
@@ -195,9 +196,20 @@ def tidy_tables(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def tidied(table: str) -> str:
-    """The HTML of a data frame as `tidy_tables` shows it."""
+    """The HTML of a data frame as `tidy_tables` shows it: a column with a sentence wraps."""
     table = re.sub(r"(<t[dh][^>]*>)\s*(?:NaN|NaT|None|&lt;NA&gt;)\s*(?=</t)", r"\1–", table)
-    return re.sub(r"<(t[dh])((?: [a-z]+=\"[^\"]*\")*)>(?=[^<]{25})", r'<\1\2 class="text">', table)
+    head, begin, body = table.partition("<tbody>")
+    rows = [re.findall(r"<td>([^<]*)</td>", row) for row in re.findall(r"<tr>.*?</tr>", body, re.S)]
+    sentences = {k for cells in rows for k, cell in enumerate(cells) if len(cell) >= 25}
+
+    def marked(row: re.Match[str]) -> str:
+        place = itertools.count()
+        return re.sub(
+            r"<td>", lambda _: '<td class="text">' if next(place) in sentences else "<td>", row[0]
+        )
+
+    body = re.sub(r'<th((?: [a-z]+="[^"]*")*)>(?=[^<]{25})', r'<th\1 class="text">', body)
+    return head + begin + re.sub(r"<tr>.*?</tr>", marked, body, flags=re.S)
 
 
 def _in_output(node: nodes.Node | None) -> bool:
