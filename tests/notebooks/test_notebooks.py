@@ -65,6 +65,16 @@ def test_nothing_of_the_machine_is_in_a_notebook(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=lambda p: p.stem)
+def test_a_command_executes_a_chapter_where_it_lies(path: Path) -> None:
+    """Its `../results` is beside it; from the root of the repository papermill would miss it."""
+    for cell in load(path).cells:
+        for command in re.findall(r"papermill [^`]*?\.ipynb", cell.source):
+            folder = command.split()[-1].rsplit("/", 1)[0]
+            alone = command.endswith("notebooks/run.ipynb")  # reads nothing beside it
+            assert alone or command.startswith(f"papermill --cwd {folder} {folder}/"), command
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=lambda p: p.stem)
 def test_a_notebook_opens_with_what_it_takes_and_needs(path: Path) -> None:
     if path.stem == "status":  # about the build, and executed by it alone
         return
