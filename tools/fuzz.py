@@ -613,7 +613,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         sys.path.insert(0, str(ROOT / "benchmarks"))
-        from _measure import machine
+        from _measure import machine  # type: ignore[import-not-found]
 
         entries = [self.targets[name] for name in TARGETS if name in self.targets]
         total = {key: sum(entry[key] for entry in entries) for key in ("executions", "seconds")}
