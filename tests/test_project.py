@@ -20,6 +20,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import mmdd
+from mmdd.distill import METHODS
+from mmdd.selection import SELECTORS
 from tools.check_book import problems, toc_entries
 from tools.draw_architecture import PICTURE, STAGES, imported, imports_between_stages, svg
 from tools.lock import portable
@@ -241,6 +243,13 @@ def test_every_file_of_data_has_a_licence():
     notice = (ROOT / "data/pretrained/LICENSE.cifar_resnet20").read_text(encoding="utf-8")
     assert "Yerlan Idelbayev" in notice
     assert others == {n for n in tracked() if n.startswith("data/") and "cifar_resnet20" in n}
+
+
+def test_every_method_and_selection_is_in_the_list_of_names():
+    page = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert {*METHODS, *SELECTORS} <= named
 
 
 def test_the_picture_of_the_architecture_is_the_codes():
