@@ -33,6 +33,7 @@ from mmdd.distill import (
     distill,
     iterate,
 )
+from mmdd.distill.loop import HISTORY_POINTS
 from mmdd.errors import ArtefactError, ConfigError, NonFiniteError
 from mmdd.synthetic import SyntheticPairs
 
@@ -509,7 +510,7 @@ def test_history_and_its_thinning(make_context: MakeContext) -> None:
     assert progress.thinned()["loss"] == progress.history["loss"]
     assert progress.peak_memory_bytes > 1 << 20
     many = Progress(history={"loss": [float(i) for i in range(12345)]})
-    assert len(many.thinned()["loss"]) == 200
+    assert len(many.thinned()["loss"]) == HISTORY_POINTS == 100
     assert many.thinned()["iteration"][-1] == 12344
     assert Progress().thinned() == {"iteration": []}
 
