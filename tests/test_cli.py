@@ -439,7 +439,7 @@ def test_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot choose 41 pairs" in err
     assert f"packed into {results / 'one.jsonl'}" in out
     packed = (results / "one.jsonl").read_text()
-    assert packed.count("\n") == 1
+    assert packed.count("\n") == 2  # how many there are, and the one
     # What is done is done, also in another sweep, where nothing is left to pack.
     done = [write(name, [4]) for name in ("one", "two")]
     code, out, _ = call("sweep", *done, "--results", results)
