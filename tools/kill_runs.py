@@ -457,6 +457,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, default=RECORD)
     wanted = parser.parse_args()
+    # In the background of a shell interrupts are ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rng, begin = random.Random(wanted.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
