@@ -19,7 +19,7 @@ _TIMES = ("init_seconds", "expert_seconds", "seconds_per_iteration", "peak_memor
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what the clock and the kernel say: the rest is the same to the bit."""
-    plain = {key: value for key, value in record.items() if key != "finished"}
+    plain = {key: value for key, value in record.items() if key not in ("finished", "cpu_seconds")}
     plain["cost"] = {key: v for key, v in record["cost"].items() if key not in _TIMES}
     plain["students"] = [
         {key: value for key, value in student.items() if key != "seconds"}
