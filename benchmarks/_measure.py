@@ -43,6 +43,30 @@ class Timer:
         self.cpu_seconds = time.process_time() - self._worked
 
 
+def operations_of(work: Callable[[], Any]) -> int:
+    """Multiplications and additions of products and convolutions, as torch counts them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):
+        """Torch's counts without the tracking of modules, which `autograd.grad` cannot stand."""
+
+        operations = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            count = flop_registry.get(func.overloadpacket)
+            if count is not None:
+                self.operations += count(*args, **(kwargs or {}), out_val=out)
+            return out
+
+    with Counter() as counter:
+        work()
+    return counter.operations
+
+
 def resident_bytes() -> int:
     """What this process holds in memory now; 0 where the kernel does not say."""
     return _kernel("VmRSS")

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _measure import machine, peak_resident_bytes, resident_bytes, write
+from _measure import machine, operations_of, peak_resident_bytes, resident_bytes, write
 
 RECORD = Path(__file__).with_suffix(".json")
 METHODS = ("covmatch", "mdm", "lors", "tesla", "mtt")
@@ -223,7 +223,7 @@ def iterations(bench: Bench, name: str, pairs: int) -> dict[str, Any]:
     precision = "bfloat16"
     method = bench.method(name, pairs, precision)
     bench.iterate(method, 0)
-    operations = _operations(partial(bench.iterate, method, 1))
+    operations = operations_of(partial(bench.iterate, method, 1))
     bench.forget()
     held = bench.held()
     spent = [
@@ -240,30 +240,6 @@ def iterations(bench: Bench, name: str, pairs: int) -> dict[str, Any]:
         "operations": operations,
         "utilisation": round(rate / possible, 4) if possible else None,
     }
-
-
-def _operations(work: Callable[[], Any]) -> int:
-    """Multiplications and additions of products and convolutions, as torch counts them."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    class Counter(TorchDispatchMode):
-        """Torch's counts without the tracking of modules, which `autograd.grad` cannot stand."""
-
-        operations = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            count = flop_registry.get(func.overloadpacket)
-            if count is not None:
-                self.operations += count(*args, **(kwargs or {}), out_val=out)
-            return out
-
-    with Counter() as counter:
-        work()
-    return counter.operations
 
 
 @contextmanager

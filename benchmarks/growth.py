@@ -29,6 +29,7 @@ from _measure import (
     environment,
     load,
     machine,
+    operations_of,
     peak_resident_bytes,
     require_peaks,
     resident_bytes,
@@ -172,22 +173,6 @@ def build(name: str, point: Point) -> Any:
 def measure(name: str, point: Point, repeats: int) -> dict[str, Any]:
     """One point, in this process."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    class Counter(TorchDispatchMode):
-        """Torch's counts without the tracking of modules, which `autograd.grad` cannot stand."""
-
-        operations = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            count = flop_registry.get(func.overloadpacket)
-            if count is not None:
-                self.operations += count(*args, **(kwargs or {}), out_val=out)
-            return out
 
     torch.set_num_threads(1)
     method = build(name, point)
@@ -201,8 +186,7 @@ def measure(name: str, point: Point, repeats: int) -> dict[str, Any]:
         return timer
 
     iterate(0)
-    with Counter() as counter:
-        iterate(1)
+    operations = operations_of(lambda: iterate(1))
     method.optimizer.zero_grad(set_to_none=True)
     settle()
     base = resident_bytes()
@@ -212,7 +196,7 @@ def measure(name: str, point: Point, repeats: int) -> dict[str, Any]:
         "median_cpu_seconds": round(statistics.median(t.cpu_seconds for t in timers), 5),
         "median_seconds": round(statistics.median(t.seconds for t in timers), 5),
         "peak_bytes_above_base": peak_resident_bytes() - base,
-        "operations": counter.operations,
+        "operations": operations,
     }
 
 
