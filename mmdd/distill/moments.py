@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from mmdd import losses
 from mmdd.distill.base import PairDistiller, PairsConfig
 from mmdd.distill.loop import Context, Terms
 from mmdd.errors import ConfigError
@@ -64,7 +65,9 @@ class JointMoments:
         d = sides[0].shape[1]
         z = torch.cat(sides, dim=1)
         means = (z.mean(dim=0) - self.mean).square().sum()
-        apart = (_covariance(z) - self.covariance).square() / self.covariance.square().sum()
+        apart = (
+            losses.cross_covariance(z, z) - self.covariance
+        ).square() / self.covariance.square().sum()
         cross = 2 * apart[:d, d:].sum()
         within = apart[:d, :d].sum() + apart[d:, d:].sum()
         return means, cross, within
@@ -82,16 +85,6 @@ class JointMoments:
         if self.context.precision == "bfloat16":
             sides = sides[0].float(), sides[1].float()
         return [F.normalize(side, dim=1) for side in sides]
-
-
-def _covariance(z: Tensor) -> Tensor:
-    """(n, d) → (d, d): what `torch.cov` computes of the columns, to the same bits.
-
-    That looks whether n - 1 is positive, for which a host would wait for its device.
-    """
-    x = z.T
-    x = x - (x.sum(dim=1) / len(z)).unsqueeze(1)
-    return x @ x.T / (len(z) - 1)
 
 
 class Moments(PairDistiller):
