@@ -7,9 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mmdd import losses
-from mmdd.distill.joined import join_gradient
-from mmdd.distill.loop import Terms
-from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
+from mmdd.distill.joined import JoinedTrajectory
+from mmdd.distill.trajectory import TrajectoryConfig
 from mmdd.experts import seeded_dropout
 
 _REAL = 5  # stream of random numbers
@@ -34,7 +33,7 @@ class CovTrajectoryConfig(TrajectoryConfig):
     snapshot: Literal["start", "target"] = "target"
 
 
-class CovTrajectory(TrajectoryMatching):
+class CovTrajectory(JoinedTrajectory):
     """MTT-VL whose gradient on the set is joined by that of the covariance matching loss.
 
     The features come from the expert of the iteration, so no model is trained beside the experts:
@@ -45,19 +44,14 @@ class CovTrajectory(TrajectoryMatching):
     """
 
     name = "cov-trajectory"
+    second = "covariance"
 
     config: CovTrajectoryConfig
 
-    def backward(self, iteration: int) -> Terms:
-        terms = super().backward(iteration)
-        sides = [p for p in (self.set.images, self.set.texts) if p.requires_grad]
-        if self.config.cov_weight == 0 or not sides:
-            return terms
-        loss = self._covariance_loss(iteration)
-        join_gradient(sides, loss, self.config.cov_weight)
-        return {**terms, "covariance": loss}
+    def weight(self) -> float:
+        return self.config.cov_weight
 
-    def _covariance_loss(self, iteration: int) -> Tensor:
+    def second_loss(self, iteration: int) -> Tensor:
         config = self.config
         start, target = self._draw(iteration)
         parameters = self.layout.named(start if config.snapshot == "start" else target)

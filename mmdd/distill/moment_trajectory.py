@@ -4,11 +4,12 @@ from copy import deepcopy
 from dataclasses import replace
 
 from pydantic import Field
+from torch import Tensor
 
-from mmdd.distill.joined import join_gradient
-from mmdd.distill.loop import Context, Terms
+from mmdd.distill.joined import JoinedTrajectory
+from mmdd.distill.loop import Context
 from mmdd.distill.moments import JointMoments
-from mmdd.distill.trajectory import TrajectoryConfig, TrajectoryMatching
+from mmdd.distill.trajectory import TrajectoryConfig
 
 
 class MomentTrajectoryConfig(TrajectoryConfig):
@@ -24,7 +25,7 @@ class MomentTrajectoryConfig(TrajectoryConfig):
     moment_weight: float = Field(default=1.0, ge=0)
 
 
-class MomentTrajectory(TrajectoryMatching):
+class MomentTrajectory(JoinedTrajectory):
     """MTT-VL whose gradient on the set is joined by that of moment matching.
 
     The moments are those of all real pairs under the pretrained encoders (see `JointMoments`), and
@@ -35,6 +36,7 @@ class MomentTrajectory(TrajectoryMatching):
     """
 
     name = "moment-trajectory"
+    second = "moments"
 
     config: MomentTrajectoryConfig
 
@@ -44,12 +46,9 @@ class MomentTrajectory(TrajectoryMatching):
         pretrained = deepcopy(self.model).eval().requires_grad_(False)
         self.real = JointMoments(replace(context, model=pretrained))
 
-    def backward(self, iteration: int) -> Terms:
-        terms = super().backward(iteration)
-        sides = [p for p in (self.set.images, self.set.texts) if p.requires_grad]
-        if self.config.moment_weight == 0 or not sides:
-            return terms
+    def weight(self) -> float:
+        return self.config.moment_weight
+
+    def second_loss(self, iteration: int) -> Tensor:
         means, cross, within = self.real.terms(self.set.pixels(), *self.set.text())
-        loss = means + cross + within
-        join_gradient(sides, loss, self.config.moment_weight)
-        return {**terms, "moments": loss}
+        return means + cross + within
