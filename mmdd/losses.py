@@ -275,13 +275,20 @@ def trajectory_distance(student: Tensor, target: Tensor, start: Tensor) -> Tenso
 
     Source: MTT (CVPR 2022); LoRS Eq. 2. Book: notebooks/05_trajectory_matching.
     """
-    moved = (start - target).square().sum()
-    if moved == 0:
+    if (start - target).square().sum() == 0:
         raise ConfigError(
             "trajectory_distance: the expert did not move between start and target; "
             "choose snapshots further apart."
         )
-    return (student - target).square().sum() / moved
+    return relative_distance(student, target, start)
+
+
+def relative_distance(student: Tensor, target: Tensor, start: Tensor) -> Tensor:
+    """`trajectory_distance` unchecked, as a check makes the host wait for its device.
+
+    Not finite when start equals target. Book: notebooks/05_trajectory_matching.
+    """
+    return (student - target).square().sum() / (start - target).square().sum()
 
 
 def _require_pairs(name: str, z_image: Tensor, z_text: Tensor) -> None:

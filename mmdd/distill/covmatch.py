@@ -88,12 +88,11 @@ class CovMatch(PairDistiller):
             self._reset_model(iteration // config.reset_every)
         batch = self.real_batch(config.real_batch, _REAL, iteration)
         needs_graph = config.update == "real"
-        with torch.set_grad_enabled(needs_graph), self._precision():
-            self._real_features = self.model(batch.images, batch.texts, batch.mask, normalize=False)
+        with torch.set_grad_enabled(needs_graph):
+            self._real_features = self._project(batch.images, batch.texts, batch.mask)
         index = self.some_pairs(config.synthetic_batch, _SYNTHETIC, iteration)
         texts, mask = self.set.text(index)
-        with self._precision():
-            synthetic = self.model(self.set.pixels(index), texts, mask, normalize=False)
+        synthetic = self._project(self.set.pixels(index), texts, mask)
         real_image, real_text = (self._to_match(p.detach()) for p in self._real_features)
         syn_image, syn_text = (self._to_match(p) for p in synthetic)
         covariance, means = losses.covmatch_terms(
@@ -115,12 +114,9 @@ class CovMatch(PairDistiller):
             with torch.no_grad():
                 images = self.set.pixels(index)
             texts, mask = self.set.text(index)
-            with self._precision():
-                p_image, p_text = self.model(images, texts.detach(), mask, normalize=False)
+            p_image, p_text = self._project(images, texts.detach(), mask)
         loss = losses.info_nce(
-            F.normalize(p_image.float(), dim=-1),
-            F.normalize(p_text.float(), dim=-1),
-            self.config.temperature,
+            F.normalize(p_image, dim=-1), F.normalize(p_text, dim=-1), self.config.temperature
         )
         parameters = list(self.trained.values())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -147,8 +143,12 @@ class CovMatch(PairDistiller):
                 parameter.copy_(state["model"][name])
         self.model_optimizer.load_state_dict(state["model_optimizer"])
 
+    def _project(self, images: Tensor, texts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        with self.context.autocast(self.device):
+            projected = self.model(images, texts, mask, normalize=False)
+        return self.context.widened(*projected)
+
     def _to_match(self, projected: Tensor) -> Tensor:
-        projected = projected.float()
         return F.normalize(projected, dim=-1) if self.config.normalize else projected
 
     def _reset_model(self, period: int) -> None:
@@ -168,6 +168,3 @@ class CovMatch(PairDistiller):
             momentum=self.config.model_momentum,
             weight_decay=self.config.model_weight_decay,
         )
-
-    def _precision(self) -> torch.autocast:
-        return self.context.autocast(self.device)

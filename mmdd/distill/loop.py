@@ -56,6 +56,12 @@ class Context:
         enabled = self.precision == "bfloat16"
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    def widened(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of a forward pass as losses want them: float32 after bfloat16, else as is."""
+        if self.precision != "bfloat16":
+            return image, text
+        return image.float(), text.float()
+
 
 class Distiller(ABC):
     """What the loop needs of a method. One file per family in `mmdd/distill/` implements it.
@@ -182,62 +188,47 @@ def distill(
     Book: notebooks/07_covmatch.
     """
     with arithmetic(method.context.precision, method.context.real.device):
-        return _distill(
-            method,
-            iterations,
-            checkpoint,
-            checkpoint_every,
-            clip,
-            progress,
-            callback,
-            callback_every,
+        done = _resume(method, checkpoint)
+        _require_finite(method, done.iterations)
+        process = psutil.Process()
+        bar = tqdm(
+            range(done.iterations, iterations),
+            initial=done.iterations,
+            total=iterations,
+            desc=method.name,
+            unit="it",
+            disable=not progress,
         )
+        for iteration in bar:
+            begin = time.perf_counter()
+            terms = iterate(method, iteration, clip=clip, checkpoint=checkpoint)
+            done.seconds += time.perf_counter() - begin
+            done.iterations = iteration + 1
+            for name, value in terms.items():
+                done.history.setdefault(name, []).append(value)
+            if iteration % 10 == 0 or done.iterations == iterations:
+                done.peak_memory_bytes = max(done.peak_memory_bytes, _memory(process))
+                bar.set_postfix(
+                    loss=f"{terms['loss']:.4g}", GB=f"{done.peak_memory_bytes / 1e9:.2f}"
+                )
+            last = done.iterations == iterations
+            if checkpoint is not None and (last or done.iterations % checkpoint_every == 0):
+                state = {"method": method.state_dict(), "progress": vars(done)}
+                save_checkpoint(checkpoint, state | {"owner": _owner(method)})
+            if callback is not None and (last or done.iterations % callback_every == 0):
+                callback(done.iterations, method.export())
+        bar.close()
+        return method.export(), done
 
 
-def _distill(
-    method: Distiller,
-    iterations: int,
-    checkpoint: Path | None,
-    checkpoint_every: int,
-    clip: float | None,
-    progress: bool,
-    callback: Callable[[int, SyntheticPairs], None] | None,
-    callback_every: int,
-) -> tuple[SyntheticPairs, Progress]:
-    done = _resume(method, checkpoint)
+def _require_finite(method: Distiller, iteration: int) -> None:
+    """Raise where the learnables are not finite before a step: no good set to go back to."""
     broken = [name for name, t in method.learnables().items() if not torch.isfinite(t).all()]
-    if broken:  # or there would be no good set to go back to
+    if broken:
         raise NonFiniteError(
-            f"{method.name}, before iteration {done.iterations}: not finite: {', '.join(broken)}. "
+            f"{method.name}, before iteration {iteration}: not finite: {', '.join(broken)}. "
             "The pairs it starts from, or the weights that made their texts, are damaged."
         )
-    process = psutil.Process()
-    bar = tqdm(
-        range(done.iterations, iterations),
-        initial=done.iterations,
-        total=iterations,
-        desc=method.name,
-        unit="it",
-        disable=not progress,
-    )
-    for iteration in bar:
-        begin = time.perf_counter()
-        terms = iterate(method, iteration, clip=clip, checkpoint=checkpoint)
-        done.seconds += time.perf_counter() - begin
-        done.iterations = iteration + 1
-        for name, value in terms.items():
-            done.history.setdefault(name, []).append(value)
-        if iteration % 10 == 0 or done.iterations == iterations:
-            done.peak_memory_bytes = max(done.peak_memory_bytes, _memory(process))
-            bar.set_postfix(loss=f"{terms['loss']:.4g}", GB=f"{done.peak_memory_bytes / 1e9:.2f}")
-        last = done.iterations == iterations
-        if checkpoint is not None and (last or done.iterations % checkpoint_every == 0):
-            state = {"method": method.state_dict(), "progress": vars(done)}
-            save_checkpoint(checkpoint, state | {"owner": _owner(method)})
-        if callback is not None and (last or done.iterations % callback_every == 0):
-            callback(done.iterations, method.export())
-    bar.close()
-    return method.export(), done
 
 
 def _resume(method: Distiller, checkpoint: Path | None) -> Progress:

@@ -170,9 +170,7 @@ class OnlineModel:
         kernel = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
         with kernel, self.context.autocast(self.context.real.device):
             p_image, p_text = self.model(images, texts, mask, normalize=False)
-        if self.context.precision == "bfloat16":
-            return p_image.float(), p_text.float()
-        return p_image, p_text
+        return self.context.widened(p_image, p_text)
 
     def info_nce(
         self,

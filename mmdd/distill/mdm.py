@@ -217,8 +217,7 @@ class Mdm(PairDistiller):
             p_image, p_text = functional_call(
                 self.model, parameters, (images, texts, mask), {"normalize": False}
             )
-        if self.context.precision == "bfloat16":
-            p_image, p_text = p_image.float(), p_text.float()
+        p_image, p_text = self.context.widened(p_image, p_text)
         return F.normalize(p_image, dim=-1), F.normalize(p_text, dim=-1)
 
 

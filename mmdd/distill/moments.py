@@ -82,9 +82,7 @@ class JointMoments:
         model = self.context.model
         with self.context.autocast(images.device):
             sides = model.image_features(images), model.text_features(texts, mask)
-        if self.context.precision == "bfloat16":
-            sides = sides[0].float(), sides[1].float()
-        return [F.normalize(side, dim=1) for side in sides]
+        return [F.normalize(side, dim=1) for side in self.context.widened(*sides)]
 
 
 class Moments(PairDistiller):

@@ -82,8 +82,7 @@ class RepBlend(TrajectoryMatching):
             h_text = blended(self.model.text_features(texts, mask), partner, rho)
             p_image = _project(self.model.image_head, "image_head.", named, h_image)
             p_text = _project(self.model.text_head, "text_head.", named, h_text)
-        if self.context.precision == "bfloat16":
-            p_image, p_text = p_image.float(), p_text.float()
+        p_image, p_text = self.context.widened(p_image, p_text)
         return losses.contrastive_loss(
             self.config.loss,
             F.normalize(p_image, dim=-1),

@@ -225,9 +225,7 @@ class TrajectoryMatching(PairDistiller):
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH), self.context.autocast(self.device):
             z_image, z_text = functional_call(self.model, parameters, (images, texts, mask))
-        if self.context.precision == "bfloat16":
-            return z_image.float(), z_text.float()
-        return z_image, z_text
+        return self.context.widened(z_image, z_text)
 
     def step_loss(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], mask: Tensor | None, key: list[int]
@@ -277,9 +275,8 @@ class TrajectoryMatching(PairDistiller):
             end, goal, origin = (
                 torch.cat([v[i] for i in members]) for v in (student, target, start)
             )
-            # `losses.trajectory_distance` without its look at the length, for which a host would
-            # wait for its device: an expert that stood still ends in a loss that is not finite.
-            terms.append((end - goal).square().sum() / (origin - goal).square().sum())
+            # Unchecked: an expert that stood still ends in a loss that is not finite.
+            terms.append(losses.relative_distance(end, goal, origin))
         return torch.stack(terms).sum()
 
     # -- gradients ---------------------------------------------------------------------------------
