@@ -34,8 +34,8 @@ book: $(STAMP)  ## build the book into _build/html; warnings are errors
 pdf: $(STAMP)  ## print the built book into _build/mmdd.pdf (needs Chromium, no LaTeX)
 	$(BIN)/python tools/print_book.py
 
-test: $(STAMP)  ## run all tests, and the cheap chapters cell by cell
-	$(BIN)/python -m pytest -q
+test: $(STAMP)  ## run all tests (JOBS=2 at a time), and the cheap chapters cell by cell
+	$(BIN)/python -m pytest -q -n $(or $(JOBS),2) --dist loadfile
 	$(BIN)/python -m pytest -q --nbval-lax notebooks/01_data.ipynb notebooks/04_linear_contrastive.ipynb
 
 lint: $(STAMP)  ## check style, formatting and types
