@@ -295,6 +295,15 @@ def test_the_status_page_lists_versions_and_execution_times(small_book: Path) ->
         assert re.search(rf"{name} .*?\d+\.\d+", text), f"no execution time of {name}"
 
 
+def test_a_styled_data_frame_has_the_class_of_a_plain_one() -> None:
+    styled = pd.DataFrame({"a": [1]}).style
+    assert '<table id="T_here" class="dataframe">' in mmdd_book.classed(
+        styled.set_uuid("here").to_html()
+    )
+    own = styled.set_table_attributes('class="claims"').to_html()
+    assert mmdd_book.classed(own) == own
+
+
 def test_a_data_frame_is_tidied() -> None:
     frame = pd.DataFrame(
         {

@@ -189,10 +189,14 @@ def describe_figures(app: Sphinx, doctree: nodes.document) -> None:
 def tidy_tables(app: Sphinx, doctree: nodes.document) -> None:
     """Dashes for what is missing in data frames, and a class for cells that hold a sentence."""
     for table in list(doctree.findall(nodes.raw)):
-        if _in_output(table) and 'class="dataframe"' in table.astext():
-            table.replace_self(
-                nodes.raw("", tidied(table.astext()), **table.non_default_attributes())
-            )
+        html = classed(table.astext())
+        if _in_output(table) and 'class="dataframe"' in html:
+            table.replace_self(nodes.raw("", tidied(html), **table.non_default_attributes()))
+
+
+def classed(html: str) -> str:
+    """A styled data frame with the class of a plain one, which the theme goes by in the dark."""
+    return re.sub(r'(<table id="T_[^"]*")>', r'\1 class="dataframe">', html)
 
 
 def tidied(table: str) -> str:
