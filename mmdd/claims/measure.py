@@ -1,11 +1,8 @@
 """Mechanisms that no record of a run can hold, measured on Scenes: one number per seed.
 
-    python -m mmdd.claims.measure results/mechanisms.json
-
-writes them to the file that the page reads (under a minute on one core). Book: book/claims.
+`python -m mmdd.claims FILE` writes them to the file that the page reads. Book: book/claims.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +19,6 @@ from mmdd.distill import CovMatch
 from mmdd.distill.loop import Context
 from mmdd.encoders import DualEncoder, build_model
 from mmdd.errors import StoreError
-from mmdd.files import atomic_write_text
 from mmdd.presets import preset
 from mmdd.runs import initial_pairs, make_context
 from mmdd.statistics import streamed_statistics
@@ -121,7 +117,7 @@ MEASURES: dict[str, Callable[[], list[float]]] = {
 
 
 def load_measurements(path: str | Path) -> dict[str, list[float]]:
-    """What `main` wrote, by name; nothing where there is no such file.
+    """What `python -m mmdd.claims` wrote, by name; nothing where there is no such file.
 
     Raises `StoreError` for another file. Book: book/claims.
     """
@@ -132,17 +128,3 @@ def load_measurements(path: str | Path) -> dict[str, list[float]]:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is not a file of measured mechanisms: {error!r}.") from error
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure the mechanisms that claims ask for.")
-    parser.add_argument("file", type=Path)
-    file = parser.parse_args(arguments).file
-    torch.set_num_threads(1)
-    values = {name: [round(v, 4) for v in measure()] for name, measure in MEASURES.items()}
-    written = {"values": values, "seeds": SEEDS, "torch": torch.__version__}
-    atomic_write_text(file, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-
-
-if __name__ == "__main__":
-    main()
