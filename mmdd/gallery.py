@@ -36,6 +36,11 @@ SHOWN: dict[str, dict[str, Any]] = {
     },
     "scenes-lors-49": {"method": "lors", "pairs": 49, "protocol": "image+text_head"},
     "scenes-repblend-49": {"method": "repblend", "pairs": 49, "protocol": "image+text_head"},
+    "scenes-moment-trajectory-50": {
+        "method": "moment-trajectory",
+        "pairs": 50,
+        "protocol": "image+text_head",
+    },
     "scenes-covmatch-both-50": {"method": "covmatch", "pairs": 50, "protocol": "both"},
 }
 

@@ -2,7 +2,7 @@
 
 Make the sets (finished runs whose set was deleted need another results folder), then measure them:
 
-for grid in scenes_covmatch scenes_mdm scenes_peers scenes_selection budgets; do
+for grid in scenes_covmatch scenes_mdm scenes_peers scenes_selection beyond budgets; do
     python -m mmdd sweep sweeps/$grid.yaml --results out
 done
 python tools/measure_sets.py out/*/sets
@@ -36,7 +36,10 @@ SELECTIONS = (
     "forgetting",
     "clip-filter",
 )
-DISTILLED = ("covmatch", "mdm", "mtt", "lors", "repblend", "amd")
+DISTILLED = (
+    *("covmatch", "mdm", "mtt", "lors", "repblend", "amd"),
+    *("moments", "moment-trajectory"),
+)
 
 
 def wanted() -> Iterable[RunConfig]:
