@@ -6,7 +6,8 @@ none and stay readable.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ SCHEMA = 2
 _CHECKED = 2  # from this schema on a record carries a checksum; older ones stay as they are
 PACKED, PACKED_VERSION = "mmdd.results", 1  # what the first line of a packed file says of it
 _RESTORE = "restore it from version control, or remove it and run it again"
+_RUN_ID = re.compile(r'"run_id": "([^"]*)"')
 _SWEEPS = "[!.]*"  # hidden folders belong to files that are being written, and come and go
 
 
@@ -34,24 +36,28 @@ class ResultsStore:
 
     def find(self, run_id: str) -> dict[str, Any] | None:
         """The latest finished record of a run, from whichever sweep has it, or None."""
-        return max(self._all(run_id), key=_age, default=None)
+        return next(self.records({run_id}), None)
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Every finished record once: of several copies, packed or in other sweeps, the latest."""
+    def records(self, run_ids: Set[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Every finished record once: of several copies, packed or in other sweeps, the latest.
+
+        run_ids: of these runs only; the others are not parsed, nor checked for damage.
+        """
         latest: dict[str, dict[str, Any]] = {}
-        for record in self._all():
+        for record in self._all(run_ids):
             known = latest.get(record["run_id"])
             if known is None or _age(record) > _age(known):
                 latest[record["run_id"]] = record
         yield from latest.values()
 
-    def _all(self, run_id: str | None = None) -> Iterator[dict[str, Any]]:
-        """Every copy of every record, or of one run's."""
-        for path in sorted(self.folder.glob(f"{_SWEEPS}/{run_id or '*'}.json")):
-            with suppress(FileNotFoundError):  # packed since; then the packed file has it
-                yield _read(path)
+    def _all(self, run_ids: Set[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Every copy of every record, or of those of some runs."""
+        for path in sorted(self.folder.glob(f"{_SWEEPS}/*.json")):
+            if run_ids is None or path.stem in run_ids:
+                with suppress(FileNotFoundError):  # packed since; then the packed file has it
+                    yield _read(path)
         for path in sorted(self.folder.glob("*.jsonl")):
-            yield from _packed(path, run_id)
+            yield from _packed(path, run_ids)
 
     def write(self, record: dict[str, Any]) -> Path:
         """Store a finished record, atomically."""
@@ -111,8 +117,8 @@ def _read(path: Path) -> dict[str, Any]:
     return _parse(_text(path), str(path))
 
 
-def _packed(path: Path, run_id: str | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a packed file, or only those of one run."""
+def _packed(path: Path, run_ids: Set[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a packed file, or only those of some runs."""
     numbered = enumerate(_text(path).splitlines(), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
@@ -120,12 +126,11 @@ def _packed(path: Path, run_id: str | None = None) -> Iterator[dict[str, Any]]:
     if f'"format": "{PACKED}"' in lines[0][1]:
         number, head = lines.pop(0)
         _check_head(path, number, head, len(lines))
-    # Parsing a line costs more than looking for the id in it first.
-    wanted = "" if run_id is None else f'"run_id": "{run_id}"'
     for number, line in lines:
-        if wanted in line:
+        # Parsing a line and checking it costs far more than looking for its id first.
+        if run_ids is None or not run_ids.isdisjoint(_RUN_ID.findall(line)):
             record = _parse(line, f"{path}, line {number}")
-            if run_id in (None, record["run_id"]):
+            if run_ids is None or record["run_id"] in run_ids:
                 yield record
 
 

@@ -63,7 +63,8 @@ def run_sweep(
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
-    latest = {record["run_id"]: record for record in store.records()}
+    asked = {point.run_id for point in points}
+    latest = {record["run_id"]: record for record in store.records(asked)}
     missing = [point for point in points if not _counts(latest.get(point.run_id), point)]
     done = len(points) - len(missing)
     jobs = [

@@ -65,6 +65,25 @@ def test_the_latest_copy_of_a_record_counts(store: ResultsStore) -> None:
             assert [r["finished"] for r in store.records()] == [new]
 
 
+def test_the_records_of_some_runs(store: ResultsStore) -> None:
+    """Single or packed; another run's damage is not in the way, that of an asked one is named."""
+    for run_id in ("a", "b", "c"):
+        store.write(record(run_id))
+    packed_file = store.pack("s")
+    store.write(record("d", sweep="t"))
+    store.write(record("e", sweep="t"))
+    assert {r["run_id"] for r in store.records({"b", "d", "none"})} == {"b", "d"}
+    assert list(store.records(set())) == []
+    assert len(ids(store)) == 5
+    damaged = packed_file.read_text(encoding="utf-8").replace('"run_id": "c"', '"run_id": "c" 1')
+    packed_file.write_text(damaged, encoding="utf-8")
+    assert {r["run_id"] for r in store.records({"b", "d"})} == {"b", "d"}
+    with pytest.raises(StoreError, match="line 4"):
+        list(store.records({"c"}))
+    with pytest.raises(StoreError, match="line 4"):
+        list(store.records())
+
+
 def test_packing_and_writing_take_turns(store: ResultsStore) -> None:
     """A record written while another process packs is written before or after, never lost."""
     store.write(record("x", finished="1"))
