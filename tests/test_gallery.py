@@ -67,7 +67,7 @@ def test_every_set_that_ships_is_named_and_small() -> None:
     files = {path.stem: path.stat().st_size for path in SETS.glob("scenes-*.safetensors")}
     assert set(files) == set(SHOWN)
     assert max(files.values()) < 1_000_000
-    assert sum(files.values()) < 4_500_000
+    assert sum(files.values()) < 4_100_000
 
 
 @pytest.mark.parametrize("name", SHOWN)
