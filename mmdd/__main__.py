@@ -177,6 +177,8 @@ def inspect(
     from mmdd.sets import describe_file
     from mmdd.synthetic import SyntheticPairs
 
+    if draw is not None and draw.suffix.lower() != ".png":
+        raise ConfigError(f"--draw {draw}: name a PNG file, such as {draw.with_suffix('.png')}.")
     about = describe_file(file)
     if draw is not None:
         from PIL import Image

@@ -29,11 +29,9 @@ def export_tensors(pairs: SyntheticPairs, path: str | Path) -> Path:
 
     Keys: images (N, 3, H, W) float32 in [0, 1] units, unclamped; texts (N, d) or (N, L, d);
     text_mask (N, L) bool where texts are tokens; similarity (N, N); learning_rate.<part> scalars.
-    Book: book/format.
+    Raises `ConfigError` where `path` exists: it may be the set itself. Book: book/format.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name the file to write.")
+    path = _new_file(path)
     atomic_write(path, lambda temporary: save_file(_plain(pairs), temporary))
     return path
 
@@ -43,12 +41,10 @@ def export_test_split(config: RunConfig, path: str | Path) -> Path:
 
     Keys: images (n, 3, H, W) uint8; texts (T, d) float32, the vectors of all captions by the frozen
     text encoder of `config`; image_of_text (T,) int64, the image that each belongs to. A split of
-    photos holds the photos: it falls under their licence. Raises `ConfigError` where `path` is a
-    folder. Book: book/format.
+    photos holds the photos: it falls under their licence. Raises `ConfigError` where `path`
+    exists. Book: book/format.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name the file to write.")
+    path = _new_file(path)
     dataset = open_dataset(config.dataset, config.runtime)
     model = build_model(config.student or config.model)
     # Vectors, whatever the protocol: code elsewhere brings no text encoder.
@@ -193,6 +189,15 @@ def _text(pairs: SyntheticPairs, i: int) -> dict[str, Any]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _new_file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name the file to write.")
+    if path.exists():
+        raise ConfigError(f"{path} exists: choose another name, or remove it first.")
+    return path
 
 
 def _whole_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

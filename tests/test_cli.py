@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,6 +298,18 @@ def test_a_set_is_shown_and_taken_elsewhere(call: Call, tmp_path: Path) -> None:
     code, _, err = call("export", str(file), str(tmp_path / "x"), "--as", "parquet")
     assert code == 2
     assert "parquet" in err
+
+
+def test_a_set_is_not_written_over_by_what_is_made_of_it(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "set.safetensors"
+    shutil.copyfile(ROOT / "results" / "shown" / "scenes-covmatch-50.safetensors", file)
+    before = file.read_bytes()
+    code, _, err = call("export", file, file, "--as", "tensors")
+    assert (code, "exists: choose another name" in err) == (2, True)
+    code, _, err = call("inspect", file, "--draw", file)
+    assert code == 2
+    assert err == f"mmdd: --draw {file}: name a PNG file, such as {file.with_suffix('.png')}.\n"
+    assert file.read_bytes() == before
 
 
 def test_inspect_for_scripts(call: Call) -> None:

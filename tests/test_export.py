@@ -82,6 +82,18 @@ def test_a_file_is_no_folder(pairs: SyntheticPairs, tmp_path: Path) -> None:
         export_tensors(pairs, tmp_path)
 
 
+def test_no_file_is_written_over(pairs: SyntheticPairs, tmp_path: Path) -> None:
+    """Least of all the set itself: plain tensors have none of its provenance."""
+    path = tmp_path / "set.safetensors"
+    pairs.save(path)
+    before = path.read_bytes()
+    config = preset("tiny", method="random", dataset={"train": 40, "val": 5, "test": 7})
+    for export in (lambda: export_tensors(pairs, path), lambda: export_test_split(config, path)):
+        with pytest.raises(ConfigError, match=r"set\.safetensors exists: choose another name"):
+            export()
+    assert path.read_bytes() == before
+
+
 def test_a_folder(pairs: SyntheticPairs, tmp_path: Path) -> None:
     folder = export_folder(pairs, tmp_path / "deep" / "set")
     check_tensors(folder / "pairs.safetensors", pairs)
