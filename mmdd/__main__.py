@@ -428,7 +428,10 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise typer.BadParameter(f"{text!r} is not of the form key=value.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{text!r}: the value is no YAML ({error}).") from error
 
 
 def _told(value: Any) -> str:

@@ -300,6 +300,13 @@ def test_a_set_is_shown_and_taken_elsewhere(call: Call, tmp_path: Path) -> None:
     assert "parquet" in err
 
 
+@pytest.mark.parametrize("value", ["[", "{a: 1", "a: b: c", "@", "\x01"])
+def test_a_value_that_is_no_yaml_is_refused_by_name(call: Call, value: str) -> None:
+    code, _, err = call("run", "--method", "random", "--set", f"pairs={value}")
+    assert code == 2
+    assert "the value is no YAML" in err
+
+
 def test_a_set_is_not_written_over_by_what_is_made_of_it(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "set.safetensors"
     shutil.copyfile(ROOT / "results" / "shown" / "scenes-covmatch-50.safetensors", file)
