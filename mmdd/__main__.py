@@ -385,7 +385,7 @@ def experts(
         "image+text_head"
     ),
     preset: Preset = "small",
-    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="A Dask scheduler, tcp://host:port.")] = None,
     data: Data = None,
     override: Overrides = None,

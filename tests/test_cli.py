@@ -300,6 +300,13 @@ def test_a_set_is_shown_and_taken_elsewhere(call: Call, tmp_path: Path) -> None:
     assert "parquet" in err
 
 
+@pytest.mark.parametrize("words", [("sweep", "x.yaml"), ("experts", "--method", "mtt")])
+def test_no_processes_at_all_are_refused(call: Call, words: tuple[str, ...]) -> None:
+    code, _, err = call(*words, "--jobs", "0")
+    assert code == 2
+    assert "--jobs" in err
+
+
 @pytest.mark.parametrize("value", ["[", "{a: 1", "a: b: c", "@", "\x01"])
 def test_a_value_that_is_no_yaml_is_refused_by_name(call: Call, value: str) -> None:
     code, _, err = call("run", "--method", "random", "--set", f"pairs={value}")
