@@ -8,6 +8,7 @@ interrupted. Anything else is a defect and shows a traceback (1).
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -41,10 +42,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Results = Annotated[Path, typer.Option(help="Folder of the result records.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, for photos.")]
-Preset = Annotated[str, typer.Option(help="tiny, small, photos, gpu or paper (see mmdd list).")]
-SetFile = Annotated[Path, typer.Argument(help="A distilled set (.safetensors).")]
+
+
+def _completed(*kinds: str) -> Callable[[str], list[str]]:
+    """What a shell offers for the names of `mmdd list`."""
+
+    def offer(incomplete: str) -> list[str]:
+        names = _names()
+        return [name for kind in kinds for name in names[kind] if name.startswith(incomplete)]
+
+    return offer
+
+
+def _recorded(column: str) -> Callable[[typer.Context, str], list[str]]:
+    """What a shell offers for `mmdd results`: the values of the records there are."""
+
+    def offer(context: typer.Context, incomplete: str) -> list[str]:
+        from mmdd.runs import load_results
+
+        found = load_results(context.params.get("folder") or Path("results"))[column]
+        return sorted(value for value in found.unique() if value.startswith(incomplete))
+
+    return offer
+
+
+Results = Annotated[Path, typer.Option(file_okay=False, help="Folder of the result records.")]
+Data = Annotated[
+    Path | None, typer.Option(file_okay=False, help="Folder of the dataset's files, for photos.")
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        autocompletion=_completed("presets"),
+        help="tiny, small, photos, gpu or paper (see mmdd list).",
+    ),
+]
+SetFile = Annotated[Path, typer.Argument(dir_okay=False, help="A distilled set (.safetensors).")]
+_PROTOCOLS = _completed("protocols")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 Overrides = Annotated[
     list[str] | None,
@@ -57,15 +91,23 @@ Overrides = Annotated[
     epilog=_examples("prepare flickr8k", "prepare coco --root /data"),
 )
 def prepare(
-    source: Annotated[str, typer.Argument(help="flickr8k, flickr30k, coco, karpathy, …")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=_completed("sources"), help="flickr8k, flickr30k, coco, karpathy, …"
+        ),
+    ],
     root: Annotated[
-        Path | None, typer.Option(help="Where to put it; by default the cache.")
+        Path | None,
+        typer.Option(file_okay=False, help="Where to put it; by default the cache."),
     ] = None,
 ) -> None:
     """Download a public source: checked, resumed after a break, unpacked safely."""
     from mmdd.data.download import fetch
+    from mmdd.data.sources import SOURCES
     from mmdd.paths import cache_dir
 
+    _require_known("source", source, list(SOURCES))
     paths = fetch(source, root)
     for name, path in paths.items():
         typer.echo(f"{name}: {path}")
@@ -90,11 +132,18 @@ def prepare(
     ),
 )
 def run(
-    method: Annotated[str, typer.Option(help="A method or selection (see mmdd list).")] = (
-        "covmatch"
-    ),
+    method: Annotated[
+        str,
+        typer.Option(
+            autocompletion=_completed("methods", "selections"),
+            help="A method or selection (see mmdd list).",
+        ),
+    ] = "covmatch",
     pairs: Annotated[int, typer.Option(help="Pairs of the set.")] = 100,
-    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = "both",
+    protocol: Annotated[
+        str,
+        typer.Option(autocompletion=_PROTOCOLS, help="image+text_head, both or heads."),
+    ] = "both",
     seed: Annotated[int, typer.Option(help="Of the start and of the distillation.")] = 0,
     preset: Preset = "small",
     sweep: Annotated[str, typer.Option(help="The group that the record is filed under.")] = (
@@ -133,10 +182,18 @@ def evaluate(
         typer.Option(help="scenes, flickr8k, … By default what the set was made from."),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="image+text_head, both or heads. By default the set's own.")
+        str | None,
+        typer.Option(
+            autocompletion=_PROTOCOLS,
+            help="image+text_head, both or heads. By default the set's own.",
+        ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Encoders and students. By default those for the dataset.")
+        str | None,
+        typer.Option(
+            autocompletion=_completed("presets"),
+            help="Encoders and students. By default those for the dataset.",
+        ),
     ] = None,
     data: Data = None,
     override: Overrides = None,
@@ -148,7 +205,9 @@ def evaluate(
 
     wishes = _wishes({}, override, data)
     pairs = SyntheticPairs.load(file)
-    scored = score_file(file, config_for(pairs, dataset, protocol, preset, wishes))
+    config = config_for(pairs, dataset, protocol, preset, wishes)
+    _require_data(config.dataset.name, config.dataset.reader, config.runtime.data)
+    scored = score_file(file, config)
     if as_json:
         typer.echo(json.dumps(scored, indent=1))
         return
@@ -179,6 +238,8 @@ def inspect(
 
     if draw is not None and draw.suffix.lower() != ".png":
         raise ConfigError(f"--draw {draw}: name a PNG file, such as {draw.with_suffix('.png')}.")
+    if draw is not None and not draw.parent.is_dir():
+        raise ConfigError(f"--draw {draw}: there is no folder {draw.parent}: make it first.")
     about = describe_file(file)
     if draw is not None:
         from PIL import Image
@@ -229,12 +290,15 @@ def export(
     from mmdd.synthetic import SyntheticPairs
 
     pairs = SyntheticPairs.load(file)
-    forms = {"folder": export_folder, "dataset": export_dataset, "tensors": export_tensors}
-    typer.echo(f"written: {forms[form](pairs, to)}")
-    if test is not None:
+    config = None
+    if test is not None:  # what is wrong with it is told before anything is written
         from mmdd.sets import config_for
 
         config = config_for(pairs, wishes=_wishes({}, None, data))
+        _require_data(config.dataset.name, config.dataset.reader, config.runtime.data)
+    forms = {"folder": export_folder, "dataset": export_dataset, "tensors": export_tensors}
+    typer.echo(f"written: {forms[form](pairs, to)}")
+    if test is not None and config is not None:
         typer.echo(f"written: {export_test_split(config, test)}")
 
 
@@ -251,23 +315,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List the names that commands take: methods, presets, encoders, what can be prepared."""
-    from typing import get_args
-
-    from mmdd.data.sources import SOURCES
-    from mmdd.distill import METHODS
-    from mmdd.encoders.pairs import PAIRS
-    from mmdd.presets import PresetName
-    from mmdd.protocols import PROTOCOLS
-    from mmdd.selection import SELECTORS
-
-    names = {
-        "methods": [*METHODS, "full"],
-        "selections": list(SELECTORS),
-        "presets": list(get_args(PresetName)),
-        "sources": list(SOURCES),
-        "encoders": list(PAIRS),
-        "protocols": list(PROTOCOLS),
-    }
+    names = _names()
     if kind is not None:
         names = {kind: names[kind]}
     if as_json:
@@ -282,12 +330,22 @@ def list_(
     epilog=_examples("results --method covmatch", "results --dataset scenes --pairs 50 --json"),
 )
 def results(
-    folder: Annotated[Path, typer.Argument(help="Folder of the result records.")] = Path("results"),
-    dataset: Annotated[str | None, typer.Option(help="Only this dataset.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Only this protocol.")] = None,
-    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(file_okay=False, help="Folder of the result records.")
+    ] = Path("results"),
+    dataset: Annotated[
+        str | None, typer.Option(autocompletion=_recorded("dataset"), help="Only this dataset.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(autocompletion=_recorded("protocol"), help="Only this protocol.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(autocompletion=_recorded("method"), help="Only this method.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="Only this budget.")] = None,
-    sweep: Annotated[str | None, typer.Option(help="Only this sweep.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(autocompletion=_recorded("sweep"), help="Only this sweep.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the records of a results folder: one line per run, mean recall over its students."""
@@ -297,6 +355,12 @@ def results(
         raise ConfigError(f"{folder} is not a folder of records.")
     rows = load_results(folder)
     asked = {"dataset": dataset, "protocol": protocol, "method": method, "sweep": sweep}
+    names = _names()
+    possible = {"method": names["methods"] + names["selections"], "protocol": names["protocols"]}
+    for column, name in asked.items():
+        if name is not None:  # one that exists but has no record is no mistake
+            there = sorted(rows[column].unique())
+            _require_known(column, name, list(dict.fromkeys(possible.get(column, []) + there)))
     for column, value in (asked | {"pairs": pairs}).items():
         rows = rows if value is None else rows[rows[column] == value]
     keys = ["sweep", "run_id", "dataset", "protocol", "method", "pairs", "seed", "stale"]
@@ -380,10 +444,14 @@ def sweep(
     epilog=_examples("experts --method mtt --jobs 2", "experts --set settings.experts.count=20"),
 )
 def experts(
-    method: Annotated[str, typer.Option(help="A method that follows experts.")] = "mtt",
-    protocol: Annotated[str, typer.Option(help="image+text_head, both or heads.")] = (
-        "image+text_head"
-    ),
+    method: Annotated[
+        str,
+        typer.Option(autocompletion=_completed("methods"), help="A method that follows experts."),
+    ] = "mtt",
+    protocol: Annotated[
+        str,
+        typer.Option(autocompletion=_PROTOCOLS, help="image+text_head, both or heads."),
+    ] = "image+text_head",
     preset: Preset = "small",
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="A Dask scheduler, tcp://host:port.")] = None,
@@ -409,6 +477,48 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     typer.echo(json.dumps(found, indent=1) if as_json else report(found))
+
+
+def _names() -> dict[str, list[str]]:
+    """What there is of each kind of names."""
+    from typing import get_args
+
+    from mmdd.data.sources import SOURCES
+    from mmdd.distill import METHODS
+    from mmdd.encoders.pairs import PAIRS
+    from mmdd.presets import PresetName
+    from mmdd.protocols import PROTOCOLS
+    from mmdd.selection import SELECTORS
+
+    return {
+        "methods": [*METHODS, "full"],
+        "selections": list(SELECTORS),
+        "presets": list(get_args(PresetName)),
+        "sources": list(SOURCES),
+        "encoders": list(PAIRS),
+        "protocols": list(PROTOCOLS),
+    }
+
+
+def _require_known(what: str, name: str, known: list[str]) -> None:
+    """Raise `ConfigError` with the nearest name for one that nothing has."""
+    from mmdd.mistakes import suggestion
+
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise ConfigError(f"{what} {name!r} is unknown; known: {there}{suggestion(name, known)}")
+
+
+def _require_data(name: str, reader: str, folder: str | None) -> None:
+    """Raise `ConfigError` for a dataset that is read from a folder which nobody named."""
+    from mmdd.mistakes import suggestion
+
+    if reader != "scenes" and folder is None:
+        near = suggestion(name, ["scenes"])
+        raise ConfigError(
+            f"dataset {name!r} is read from disk: name its folder with --data (`mmdd prepare` "
+            f"tells how to get one){near}"
+        )
 
 
 def _wishes(
@@ -474,7 +584,8 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be written to
         if error.errno is None:
             raise
-        _stop(str(error), error, 1)
+        where = f"{error.filename}: " if error.filename else ""
+        _stop(f"{where}{error.strerror}", error, 1)
     except SystemExit as ended:
         if ended.code == 130:
             typer.echo("mmdd: interrupted; the same command goes on from what is done.", err=True)

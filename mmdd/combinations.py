@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import InitErrorDetails
 
-from mmdd.mistakes import fault
+from mmdd.mistakes import fault, suggestion
 
 if TYPE_CHECKING:
     from mmdd.config import RunConfig
@@ -16,6 +16,15 @@ def contradictions(config: "RunConfig") -> Iterator[InitErrorDetails]:
 
     The methods check again what they are given, as they can be used without a `RunConfig`.
     """
+    data = config.dataset
+    if data.reader == "scenes" and data.name != "scenes":
+        yield fault(
+            ("dataset", "name"),
+            f"dataset {data.name!r} is none that can be rendered: the only one is 'scenes'; for "
+            "files on disk set dataset.reader to 'karpathy', 'coco' or 'flickr8k'"
+            + suggestion(data.name, ["scenes"]),
+            data.name,
+        )
     if config.settings is not None:
         yield from _of_settings(config, config.settings)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
-from mmdd.mistakes import faults
+from mmdd.mistakes import faults, suggestion
 from mmdd.presets import merge, preset
 
 _ELSEWHERE = ("sweep", "runtime")  # keys of a run that a grid has no business to set
@@ -108,6 +108,11 @@ def read_sweep(path: Path) -> tuple[SweepFile, "Lines"]:
     except ValidationError as error:
         told = ValidationError.from_exception_data(path.name, faults(SweepFile, error))
         raise ConfigError(f"{path} is not a sweep file: {explain(told)}.") from error
+    except FileNotFoundError as error:
+        near = [str(other) for other in sorted(path.parent.glob("*.y*ml"))]
+        raise ConfigError(
+            f"{path} is not a sweep file: it does not exist{suggestion(path, near)}"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not a sweep file: {error}") from error
     return sweep, lines

@@ -126,6 +126,12 @@ def test_completion_knows_commands_and_options() -> None:
     assert sorted(complete("mmdd e")) == ["evaluate", "experts", "export"]
     assert complete("mmdd export SET out --as ") == ["folder", "dataset", "tensors"]
     assert "--protocol" in complete("mmdd evaluate --pro")
+    assert complete("mmdd run --method cov") == ["covmatch", "cov-trajectory"]
+    assert complete("mmdd run --method k-c") == ["k-center"]
+    assert complete("mmdd evaluate SET --protocol ") == list(PROTOCOLS)
+    assert complete("mmdd run --preset ") == ["tiny", "small", "photos", "gpu", "paper"]
+    assert complete("mmdd prepare fl") == ["flickr8k", "flickr30k"]
+    assert complete("mmdd results --sweep photos-m") == ["photos-mdm"]
 
 
 def test_completion_installs_itself(tmp_path: Path) -> None:
@@ -368,6 +374,18 @@ def test_results(call: Call, tmp_path: Path) -> None:
     assert f"{row['mean']:.2f}" in call("results", tmp_path)[1]
     code, out, err = call("results", tmp_path, "--pairs", "3")
     assert (code, out, err) == (0, "", "no record fits\n")
+    # A method without a record is none that is misspelt.
+    assert call("results", tmp_path, "--method", "lors") == (0, "", "no record fits\n")
+    for option, wrong, near in (
+        ("--method", "covmach", "covmatch"),
+        ("--protocol", "head", "heads"),
+        ("--dataset", record["dataset"]["name"] + "x", record["dataset"]["name"]),
+        ("--sweep", record["sweep"] + "x", record["sweep"]),
+    ):
+        code, out, err = call("results", tmp_path, option, wrong)
+        assert (code, out) == (2, "")
+        assert f"{wrong!r} is unknown; known: " in err
+        assert err.endswith(f"did you mean {near!r}?\n")
     assert call("results", tmp_path / "none")[0] == 2
 
 
@@ -377,7 +395,9 @@ def test_results(call: Call, tmp_path: Path) -> None:
         (1, ["export", "missing.safetensors", "x"], "missing.safetensors does not exist"),
         (1, ["evaluate", "none.safetensors"], "none.safetensors does not exist"),
         (1, ["inspect", "none.safetensors"], "none.safetensors does not exist"),
-        (1, ["prepare", "imagenet"], "imagenet"),
+        (2, ["prepare", "imagenet"], "source 'imagenet' is unknown; known: flickr8k,"),
+        (2, ["prepare", "flickr8kk"], "did you mean 'flickr8k'?"),
+        (2, ["run", "--set", "dataset.name=sceens"], "dataset.name: dataset 'sceens' is none"),
         (2, ["run", "--method", "covmach"], f"method 'covmach' is unknown; known: {KNOWN}"),
         (2, ["run", "--preset", "huge"], "unknown preset 'huge'; known: tiny,"),
         (2, ["run", "--preset", "smal"], "did you mean 'small'?"),
@@ -385,7 +405,7 @@ def test_results(call: Call, tmp_path: Path) -> None:
         (2, ["run", "--set", "evaluation.epoch=3", "--set", "pears=1"], "pears: Extra"),
         (2, ["run", "--set", "dataset.reader=karpathy"], "set runtime.data to its folder"),
         (2, ["run", "--set", "seed=1", "--set", "seed.x=3"], "'seed.x' cannot be set"),
-        (2, ["sweep", "none.yaml"], "none.yaml is not a sweep file"),
+        (2, ["sweep", "none.yaml"], "none.yaml is not a sweep file: it does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -407,6 +427,47 @@ def test_deliberate_errors_are_one_line(
     assert list(tmp_path.rglob("*.json")) == []
 
 
+def test_places_that_cannot_be_are_told(call: Call, tmp_path: Path) -> None:
+    file = ROOT / "results" / "shown" / "scenes-covmatch-50.safetensors"
+    code, _, err = call("evaluate", file, "--dataset", "sceens")
+    assert code == 2
+    assert "name its folder with --data" in err
+    assert err.endswith("; did you mean 'scenes'?\n")
+    picture = tmp_path / "none" / "x.png"
+    code, _, err = call("inspect", file, "--draw", picture)
+    assert (code, f"there is no folder {picture.parent}" in err) == (2, True)
+    for command in ("inspect", "evaluate"):
+        code, _, err = call(command, tmp_path)
+        assert code == 2
+        assert "directory" in err
+    occupied = tmp_path / "file"
+    occupied.write_text("no folder")
+    code, _, err = call("run", "--method", "random", "--results", occupied)
+    assert code == 2
+    assert "'--results'" in err
+    # What a test split cannot be made of is told before the set is written.
+    photos = SyntheticPairs.load(file)
+    photos.metadata["dataset"] = "flickr8k-991"
+    photos.save(tmp_path / "photos.safetensors")
+    out = tmp_path / "out.safetensors"
+    code, _, err = call(
+        "export", tmp_path / "photos.safetensors", out, "--as", "tensors",
+        "--test", tmp_path / "test.safetensors",
+    )  # fmt: skip
+    assert (code, "name its folder with --data" in err) == (2, True)
+    assert not out.exists()
+
+
+def test_a_misspelt_grid_is_guessed(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, _, err = call("sweep", "sweeps/buget.yaml")
+    assert code == 2
+    assert err == (
+        "mmdd: sweeps/buget.yaml is not a sweep file: it does not exist; did you mean "
+        "'sweeps/budgets.yaml'?\n"
+    )
+
+
 def test_a_place_that_cannot_be_written_to_is_named(call: Call, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     file = ROOT / "results" / "shown" / "scenes-covmatch-50.safetensors"
@@ -414,6 +475,7 @@ def test_a_place_that_cannot_be_written_to_is_named(call: Call, tmp_path: Path) 
     assert code == 1
     assert err.startswith("mmdd: ")
     assert str(tmp_path / "file") in err
+    assert "[Errno" not in err
     assert err.count("\n") == 1
 
 

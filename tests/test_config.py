@@ -109,7 +109,7 @@ def test_where_and_how_do_not_name_a_run() -> None:
         {"protocol": "heads"},
         {"seed": 1},
         {"dataset": {"train": 50}},
-        {"dataset": {"name": "mine"}},
+        {"dataset": {"name": "mine", "reader": "karpathy"}},
         {"model": {"dim": 64}},
         {"model": {"pair": "cifar-minilm"}},
         {"settings": {"rho": 3.0}},
