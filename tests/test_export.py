@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,34 @@ def test_a_dataset_with_its_card(pairs: SyntheticPairs, tmp_path: Path) -> None:
     assert "an unnamed dataset by an unnamed method" in bare
     assert "license: other" in bare
     assert "learned with the set: none." in bare
+
+
+@pytest.mark.parametrize(
+    "words", [lambda folder: [folder], lambda folder: ["imagefolder", None, folder]]
+)
+def test_datasets_loads_it(
+    pairs: SyntheticPairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: Callable[[str], list[str | None]],
+) -> None:
+    """The library itself, by either of the two calls that are documented."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from datasets import load_dataset
+
+    folder = export_dataset(pairs, tmp_path / "set")
+    loaded = load_dataset(*words(str(folder)), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train"]
+    rows = loaded["train"]
+    assert len(rows) == len(pairs)
+    assert pairs.text_mask is not None
+    for row in rows:
+        image = torch.from_numpy(np.asarray(row["image"]).astype(np.float32) / 255)
+        expected = pairs.images[row["pair"]].clamp(0, 1).permute(1, 2, 0)
+        assert (image - expected).abs().max() <= 0.5 / 255 + 1e-6
+        assert torch.equal(torch.tensor(row["text"]), pairs.texts[row["pair"]])
+        assert row["text_mask"] == pairs.text_mask[row["pair"]].tolist()
+    assert sorted(rows["source_image"]) == [7, 8, 9]
 
 
 @pytest.mark.parametrize("export", [export_folder, export_dataset])
