@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmdd import runs
 from mmdd.config import RunConfig
@@ -408,6 +410,12 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
             LIBC.umount2(bytes(folder), 2)
 
 
+def grow(folder: Path, size: int) -> None:
+    """Give the file system of `small_disk` more room; what it holds stays."""
+    remount = 32  # MS_REMOUNT
+    assert LIBC.mount(b"none", bytes(folder), b"tmpfs", remount, f"size={size}".encode()) == 0
+
+
 def _full(folder: Path, size: int) -> Iterator[str]:
     """Ways in which a disk is full while the loop's body runs."""
     with limit_on_files(size):
@@ -539,15 +547,36 @@ def mmdd(
     return call
 
 
+VALUES = {
+    "dataset.train": 20, "dataset.val": 8, "dataset.test": 8, "model.dim": 8,
+    "runtime.progress": "false", "evaluation.students": 1, "evaluation.epochs": 1,
+    "evaluation.scores": 1,
+}  # fmt: skip
+
+
+def _sets(values: dict[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
 def _words(results: Path) -> list[str]:
-    values = {
-        "dataset.train": 20, "dataset.val": 8, "dataset.test": 8, "model.dim": 8,
-        "runtime.progress": "false", "evaluation.students": 1, "evaluation.epochs": 1,
-        "evaluation.scores": 1,
-    }  # fmt: skip
-    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     begin = ["run", "--method", "random", "--preset", "tiny", "--pairs", "4"]
-    return [*begin, *sets, "--results", str(results)]
+    return [*begin, *_sets(VALUES), "--results", str(results)]
+
+
+def _distil(results: Path) -> list[str]:
+    steps = {"settings.iterations": 6, "settings.real_batch": 8, "runtime.checkpoint_every": 2}
+    begin = ["run", "--method", "covmatch", "--preset", "tiny", "--pairs", "4"]
+    return [*begin, *_sets(VALUES | steps), "--results", str(results)]
+
+
+def _train_experts(folder: Path) -> list[str]:
+    values = {
+        "settings.experts.count": 3, "settings.experts.epochs": 1, "settings.iterations": 1,
+        "settings.expert_epochs": 1, "settings.max_start_epoch": 0, "settings.syn_steps": 1,
+        "runtime.experts": folder / "experts",
+    }  # fmt: skip
+    begin = ["run", "--method", "mtt", "--protocol", "heads", "--preset", "tiny", "--pairs", "4"]
+    return [*begin, *_sets(VALUES | values), "--results", str(folder / "results")]
 
 
 def test_a_full_disk_ends_in_one_line(mmdd: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -567,6 +596,85 @@ def test_a_full_disk_ends_in_one_line(mmdd: Callable[..., tuple[int, str]], tmp_
     code, errors = mmdd("-", *_words(results))  # there is room again
     assert code == 0
     assert len(list(ResultsStore(results).records())) == 1
+
+
+def _contents(folder: Path, pattern: str) -> dict[str, dict[str, list[Any]]]:
+    """What the files of a pattern hold, by path; headers tell times and are left out."""
+    return {
+        str(path.relative_to(folder)): {k: v.tolist() for k, v in load_file(path).items()}
+        for path in folder.rglob(pattern)
+    }
+
+
+def _called(*words: str) -> tuple[int, str]:
+    """Exit code and errors of the command as a shell starts it: it starts others itself."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "mmdd", *words], stderr=subprocess.PIPE, text=True, timeout=250
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "step"),
+    [
+        (_distil, "sets/*.safetensors", 4_000_000),
+        (_train_experts, "snapshot-*.safetensors", 16_000),
+    ],
+    ids=["distilling", "experts"],
+)
+def test_work_goes_on_as_a_full_disk_gets_room(
+    mmdd: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    words: Callable[[Path], list[str]],
+    kept: str,
+    step: int,
+) -> None:
+    """A disk that is full again and again, at another moment of the work each time."""
+    calm, disk = tmp_path / "calm", tmp_path / "disk"
+    assert mmdd("-", *words(calm))[0] == 0
+    size, times, code = step, 0, 1
+    with small_disk(disk, size) as mounted:
+        if not mounted:
+            pytest.skip("only root may mount a file system, and not in every container")
+        while code:
+            before = _contents(disk, kept)
+            code, errors = mmdd("-", *words(disk))
+            if code:
+                assert (code, "Traceback" in errors) == (1, False), errors
+                assert errors.count("mmdd: ") == 1
+                assert "is full: make room" in errors
+                times += 1
+            after = _contents(disk, kept)
+            assert before.items() <= after.items()  # what was whole is not made again
+            expected = _contents(calm, kept)
+            assert after.items() <= expected.items()  # and nothing else has a final name
+            size += step
+            grow(disk, size)
+        assert times >= 2
+        assert _contents(disk, kept) == _contents(calm, kept)
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+def test_a_sweep_goes_on_as_a_full_disk_gets_room(tmp_path: Path) -> None:
+    grid = tmp_path / "g.yaml"
+    small = {"train": 20, "val": 8, "test": 8}
+    evaluation = {"students": 1, "epochs": 1, "scores": 1}
+    base = {"method": "random", "pairs": 4, "dataset": small, "evaluation": evaluation}
+    grid.write_text(
+        json.dumps({"sweep": "s", "preset": "tiny", "base": base, "grid": [{"seed": [0, 1]}]})
+    )
+    disk = tmp_path / "disk"
+    words = ["sweep", str(grid), "--jobs", "2", "--retries", "0", "--results", str(disk)]
+    with small_disk(disk, 64 * 1024) as mounted:
+        if not mounted:
+            pytest.skip("only root may mount a file system, and not in every container")
+        code, errors = _called(*words)
+        assert (code, "disk" in errors) == (1, True)
+        assert list(ResultsStore(disk).records()) == []
+        grow(disk, 4 * 1024 * 1024)
+        assert _called(*words)[0] == 0
+        assert len(list(ResultsStore(disk).records())) == 2
 
 
 def test_a_results_folder_that_may_not_be_written(
