@@ -384,6 +384,50 @@ def test_a_cache_that_vanishes_under_a_run(tmp_path: Path) -> None:
     assert np.array_equal(again.images, before)
 
 
+MATCHING = {
+    "iterations": 6, "expert_epochs": 1, "max_start_epoch": 1, "syn_steps": 1,
+    "experts": {"count": 2, "epochs": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vanishing", ["experts", "checkpoints", "mine"])
+def test_what_vanishes_under_a_run_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vanishing: str
+) -> None:
+    """The whole buffer, the checkpoints, or all that the run has written, in its midst."""
+    config = make(
+        method="mtt",
+        protocol="heads",
+        settings=MATCHING,
+        runtime=SMALL["runtime"] | {"experts": str(tmp_path / "experts")},
+    )
+    run(config, tmp_path / "calm")
+    expected = SyntheticPairs.load(set_path(tmp_path / "calm" / "mine", config))
+    results = tmp_path / "results"
+    gone = tmp_path / "experts" if vanishing == "experts" else results / "mine"
+    distiller = runs.METHODS["mtt"].distiller
+    step, removed = distiller.after_step, []
+
+    def remove(self: Any, iteration: int) -> dict[str, float]:
+        if iteration == 3:
+            removed.append(gone)
+            shutil.rmtree(gone / "checkpoints" if vanishing == "checkpoints" else gone)
+        return step(self, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distiller, "after_step", remove)
+        try:
+            run(config, results)
+        except MmddError as error:
+            assert str(gone) in str(error)
+    assert removed == [gone]
+    record = run(config, results)
+    assert record["run_id"] == config.run_id
+    made = SyntheticPairs.load(set_path(results / "mine", config))
+    assert torch.equal(made.images, expected.images)
+    assert torch.equal(made.texts, expected.texts)
+
+
 # -- disks that refuse -----------------------------------------------------------------------------
 
 
