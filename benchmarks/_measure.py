@@ -6,6 +6,7 @@ what it compares into processes of their own, so that one's memory is not counte
 
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -229,6 +230,14 @@ def machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in packages},
     }
+
+
+def code_version(*scripts: str | Path) -> str:
+    """12 hex digits of the package and of the scripts: what the counts of a record are about."""
+    digest = hashlib.sha256()
+    for path in (*sorted((_ROOT / "mmdd").rglob("*.py")), *map(Path, scripts)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def load() -> float:

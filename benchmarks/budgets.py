@@ -1,6 +1,6 @@
 """CPU seconds and memory of an iteration against the number of synthetic pairs, on Scenes.
 
-    python benchmarks/budgets.py [--methods covmatch mdm mtt lors repblend] [--repeats 5]
+    python benchmarks/budgets.py [--methods covmatch mdm …] [--repeats 5]
 
 Each method at each budget runs in a process of its own, with this project's encoders and tuned
 settings under the protocol `image+text_head`; within a method the budgets take turns, one iteration
@@ -22,7 +22,7 @@ from _measure import Timer, Worker, load, machine, require_peaks, serve, write
 from mdm import build
 
 RECORD = Path(__file__).with_suffix(".json")
-METHODS = ("covmatch", "mdm", "mtt", "lors", "repblend")
+METHODS = ("covmatch", "mdm", "mtt", "lors", "repblend", "moments", "moment-trajectory")
 BUDGETS = (25, 50, 100, 200, 500)
 
 

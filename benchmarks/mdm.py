@@ -93,7 +93,7 @@ def build(setting: str, mode: str, folder: Path, pairs: int = PAIRS) -> Any:
     if setting == "scenes-tiny":
         tuned: Any = preset("small", method=name, protocol="image+text_head").settings
         options = tuned.model_dump()
-    if name != "covmatch":
+    if "experts" in entry.config.model_fields:
         options["experts"] = {"count": 4, "epochs": 5, "lr_image": 0.01, "lr_heads": 0.01}
     settings = entry.config(**options | {"lr_image": 0.01, "lr_text": 0.01})
     prepared, _ = entry.distiller.prepare(settings, context, folder, progress=False)

@@ -1,6 +1,6 @@
 """Time and memory of decoding JPEGs into the image cache, against a plain loop over Pillow.
 
-    python benchmarks/prepare_memory.py [--images 20000] [--size 224] [--workers 1 2] [--quick]
+    python benchmarks/prepare_memory.py [--images 4000] [--size 224] [--workers 1 2] [--quick]
 
 Generates the images in a temporary folder and prepares them in a fresh process per number of
 workers (threads), and once more by a loop as one would write it: one process, open, turn upright,
@@ -124,7 +124,7 @@ def digest(images: np.ndarray) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=4_000)
+    parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--record", type=Path, default=RECORD)

@@ -54,6 +54,15 @@ def test_the_record_of_fuzzing_goes_on(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == {path}
 
 
+def test_every_target_was_fuzzed_for_ten_minutes() -> None:
+    targets = json.loads((ROOT / "benchmarks" / "fuzz.json").read_text())["targets"]
+    assert {entry["target"] for entry in targets} == set(fuzz.TARGETS)
+    for entry in targets:
+        assert entry["seconds"] >= 600
+        assert entry["executions"] > 0
+        assert entry["findings"] == []
+
+
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_a_short_blind_run(name: str, tmp_path: Path) -> None:
     """Without coverage to guide it: each seed, and each with a few bytes changed."""

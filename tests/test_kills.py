@@ -34,6 +34,17 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     assert {entry["signal"] for entry in record["steps"]} == {"SIGKILL", "SIGTERM", "SIGINT"}
 
 
+def test_the_records_of_kills_are_whole() -> None:
+    """What the status page shows: as many as were asked for, and every one survived."""
+    runs = json.loads((ROOT / "benchmarks" / "kills.json").read_text())
+    assert runs["tried"] == runs["survived"] >= 100
+    assert sum(step["tried"] for step in runs["steps"]) == runs["tried"]
+    assert (runs["lost"], runs["problems"]) == (0, [])
+    sweep = json.loads((ROOT / "benchmarks" / "sweep_kills.json").read_text())
+    assert sum(sweep["kills"].values()) >= 20
+    assert sweep["records_equal_to_the_bit"] == sweep["records"] == sweep["points"] >= 30
+
+
 def test_every_kill_has_a_step_and_a_signal() -> None:
     tool = runpy.run_path(str(TOOL))
     for kills in (1, 8, 100):

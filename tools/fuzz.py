@@ -35,6 +35,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from _measure import code_version  # type: ignore[import-not-found]  # noqa: E402
+
 KEPT = ROOT / "tests" / "fuzz"
 RECORD = ROOT / "benchmarks" / "fuzz.json"
 SLICE = 120  # seconds that an interruption can cost
@@ -569,14 +573,6 @@ def told(text: str) -> dict[str, Any]:
     }
 
 
-def code_version() -> str:
-    """12 hex digits of the package and of the targets: what the counts are about."""
-    digest = hashlib.sha256()
-    for path in (*sorted((ROOT / "mmdd").rglob("*.py")), Path(__file__).resolve()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 class Record:
     """What was fuzzed so far: a file that is whole after every slice, or nothing but counts."""
 
@@ -649,7 +645,9 @@ def main() -> None:
         _fuzz(name, words.seconds, corpora, ROOT / "fuzz-findings" / name, words.child)
     if importlib.util.find_spec("atheris") is None:
         sys.exit("tools/fuzz.py needs atheris: pip install atheris")
-    record = Record(words.record or (RECORD if words.all else None), code_version())
+    record = Record(
+        words.record or (RECORD if words.all else None), code_version(Path(__file__).resolve())
+    )
     bad = False
     for name in TARGETS if words.all else words.targets:
         while (left := words.seconds - record.of(name)["seconds"]) > 0:

@@ -43,6 +43,7 @@ from _kills import (  # type: ignore[import-not-found]  # noqa: E402
     shoot,
 )
 from _measure import (  # type: ignore[import-not-found]  # noqa: E402
+    code_version,
     environment,
     load,
     machine,
@@ -482,6 +483,7 @@ def main() -> None:
         "problems": [problem for killer in killers for problem in killer.problems],
         "seconds": round(time.perf_counter() - begin, 1),
         "load": load(),
+        "code": code_version(Path(__file__).resolve()),
         "machine": machine("torch", "safetensors", "filelock"),
     }
     write(record, wanted.record)
