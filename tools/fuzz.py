@@ -37,7 +37,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from _measure import code_version  # type: ignore[import-not-found]  # noqa: E402
+from _measure import code_version, machine  # type: ignore[import-not-found]  # noqa: E402
 
 KEPT = ROOT / "tests" / "fuzz"
 RECORD = ROOT / "benchmarks" / "fuzz.json"
@@ -608,9 +608,6 @@ class Record:
             self.write(self.path)
 
     def write(self, path: Path) -> None:
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-        from _measure import machine  # type: ignore[import-not-found]
-
         entries = [self.targets[name] for name in TARGETS if name in self.targets]
         total = {key: sum(entry[key] for entry in entries) for key in ("executions", "seconds")}
         findings = sum(len(entry["findings"]) for entry in entries)
