@@ -5,6 +5,7 @@ not understood or not possible as asked (unknown command, option, preset, key or
 interrupted. Anything else is a defect and shows a traceback (1).
 """
 
+import itertools
 import json
 import shutil
 import signal
@@ -423,20 +424,26 @@ def sweep(
         grid = read_sweep(file)[0]
         points = None if grid.notebook is not None else load_sweep(file, runtime)
         grids.append((file, grid.sweep, points))
-    any_failed = False
-    for file, name, points in grids:
-        if points is None:
-            failed = run_chapters(file, results, **how)
-        else:
-            failed = run_sweep(points, results, **how)
-        any_failed |= bool(failed)
-        for run_id, error in failed.items():
-            where = store.working_folder(name) / "errors" / f"{run_id}.txt"
-            typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)
+    failed: dict[tuple[str, str], str] = {}  # by sweep and run
+    # Grids of runs share one queue, so that no process waits for the last point of each.
+    for of_runs, together in itertools.groupby(grids, key=lambda grid: grid[2] is not None):
+        if of_runs:
+            points = [point for *_, points in together for point in points or ()]
+            sweep_of = {point.run_id: point.sweep for point in reversed(points)}
+            found = run_sweep(points, results, **how)
+            failed |= {(sweep_of[run_id], run_id): error for run_id, error in found.items()}
+            continue
+        for file, name, _ in together:
+            found = run_chapters(file, results, **how)
+            failed |= {(name, job): error for job, error in found.items()}
+    for (name, run_id), error in failed.items():
+        where = store.working_folder(name) / "errors" / f"{run_id}.txt"
+        typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)
+    for name in dict.fromkeys(name for _, name, _ in grids):
         # Points that another sweep has done leave nothing to pack here.
         if pack and any(store.working_folder(name).glob("*.json")):
             typer.echo(f"packed into {store.pack(name)}")
-    raise typer.Exit(code=1 if any_failed else 0)
+    raise typer.Exit(code=1 if failed else 0)
 
 
 @app.command(

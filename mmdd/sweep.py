@@ -32,14 +32,15 @@ _LINES = 15  # of an error that are shown; all of it is kept in a file
 
 @dataclass(frozen=True)
 class Job:
-    """One papermill execution. name: of its files; label: for people.
+    """One papermill execution.
 
-    point: the run that it carries out, or None for a chapter, which is done when its executed
-    notebook is there.
+    name: of its files; label: for people; sweep: the folder that they go to. point: the run that it
+    carries out, or None for a chapter, which is done when its executed notebook is there.
     """
 
     name: str
     label: str
+    sweep: str
     parameters: dict[str, Any]
     threads: int = 1
     point: RunConfig | None = None
@@ -55,29 +56,38 @@ def run_sweep(
 ) -> dict[str, str]:
     """Run every point that the store lacks, each in a process of its own.
 
-    limit: run no more than so many, one of each method and protocol before a second of any. Points
-    with `runtime.redo_stale` whose record is stale count as lacking. how: see `run_jobs`.
+    points: of one sweep or of several, which then share one queue; a run that two of them ask for
+    is filed under the first. limit: run no more than so many of a sweep, one of each method and
+    protocol before a second of any. Points with `runtime.redo_stale` whose record is stale count as
+    lacking. how: see `run_jobs`.
 
     Returns run id → last lines of what it printed, for the points that failed; the others are in
     the store. Raises `ConfigError` for a notebook that has no parameters of these names.
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
-    asked = {point.run_id for point in points}
-    latest = {record["run_id"]: record for record in store.records(asked)}
-    missing = [point for point in points if not _counts(latest.get(point.run_id), point)]
-    done = len(points) - len(missing)
+    asked: dict[str, RunConfig] = {}
+    for point in points:
+        asked.setdefault(point.run_id, point)
+    latest = {record["run_id"]: record for record in store.records(set(asked))}
+    missing: dict[str, list[RunConfig]] = {}
+    for run_id, point in asked.items():
+        if not _counts(latest.get(run_id), point):
+            missing.setdefault(point.sweep, []).append(point)
+    done = len(asked) - sum(map(len, missing.values()))
     jobs = [
         Job(
             point.run_id,
             f"{point.method} {point.protocol} N={point.pairs} seed {point.seed}",
+            point.sweep,
             {"config": point.model_dump(mode="json"), "results_dir": str(store.folder.resolve())},
             point.runtime.threads or 1,
             point,
         )
-        for point in _one_of_each_first(missing)[:limit]
+        for lacking in missing.values()
+        for point in _one_of_each_first(lacking)[:limit]
     ]
-    return run_jobs(jobs, store, points[0].sweep, notebook, done=done, **how) if jobs else {}
+    return run_jobs(jobs, store, notebook, done=done, **how) if jobs else {}
 
 
 def run_chapters(
@@ -98,12 +108,12 @@ def run_chapters(
     for _, chosen in expand(path, sweep, lines):
         values = nest(sweep.base | chosen)
         name = _name_of(sweep.notebook, values)
-        jobs[name] = Job(name, " ".join(f"{k}={v}" for k, v in chosen.items()), values)
+        label = " ".join(f"{k}={v}" for k, v in chosen.items())
+        jobs[name] = Job(name, label, sweep.sweep, values)
     store = ResultsStore(results_dir)
-    missing = [job for job in jobs.values() if not _is_done(job, store, sweep.sweep)]
+    missing = [job for job in jobs.values() if not _is_done(job, store)]
     done = len(jobs) - len(missing)
-    missing = missing[:limit]
-    return run_jobs(missing, store, sweep.sweep, sweep.notebook, done=done, **how)
+    return run_jobs(missing[:limit], store, sweep.notebook, done=done, **how)
 
 
 def _name_of(notebook: str, values: dict[str, Any]) -> str:
@@ -121,7 +131,6 @@ def _name_of(notebook: str, values: dict[str, Any]) -> str:
 def run_jobs(
     jobs: list[Job],
     store: ResultsStore,
-    sweep: str,
     notebook: str | Path,
     *,
     processes: int = 1,
@@ -139,14 +148,15 @@ def run_jobs(
     were finished before, for the progress table.
 
     A failing job stops no other; all of its output is kept in `<sweep>/errors/<name>.txt`. A job
-    that another sweep is at is waited for. An interrupt stops what runs, here, and keeps records
-    and checkpoints. Raises `ConfigError` for a notebook without a parameters cell, or a parameter
-    that it does not declare, and `DiskError` for a folder of results that may not be written.
-    Book: notebooks/run.
+    of the same sweep that another process is at is waited for. An interrupt stops what runs, here,
+    and keeps records and checkpoints. Raises `ConfigError` for a notebook without a parameters
+    cell, or a parameter that it does not declare, and `DiskError` for a folder of results that may
+    not be written. Book: notebooks/run.
     """
     check_notebook(notebook, {key for job in jobs for key in job.parameters})
-    require_writable(store.working_folder(sweep))  # one error, not one of each job
-    order = (str(store.folder.resolve()), sweep, str(Path(notebook).resolve()), retries)
+    for sweep in dict.fromkeys(job.sweep for job in jobs):
+        require_writable(store.working_folder(sweep))  # one error, not one of each job
+    order = (str(store.folder.resolve()), str(Path(notebook).resolve()), retries)
     failed: dict[str, str] = {}
     begun: dict[str, float] = {}
     with (
@@ -206,10 +216,10 @@ _running: set["subprocess.Popen[str]"] = set()
 _stopping = threading.Event()
 
 
-def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int) -> str:
+def execute(job: Job, results_dir: str, notebook: str, retries: int) -> str:
     """Carry out a job unless it is done; returns the last lines of its error, or nothing."""
     store = ResultsStore(results_dir)
-    folder = store.working_folder(sweep)
+    folder = store.working_folder(job.sweep)
     for name in ("notebooks", "locks", "errors"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     report = folder / "errors" / f"{job.name}.txt"
@@ -226,9 +236,9 @@ def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int)
         for _ in range(retries + 1):
             if _stopping.is_set():
                 return error
-            if _is_done(job, store, sweep):
+            if _is_done(job, store):
                 return ""
-            error = _papermill(job, store, sweep, notebook)
+            error = _papermill(job, store, notebook)
             if not error:
                 report.unlink(missing_ok=True)
                 return ""
@@ -238,8 +248,8 @@ def execute(job: Job, results_dir: str, sweep: str, notebook: str, retries: int)
     return "\n".join(error.splitlines()[-_LINES:])
 
 
-def _papermill(job: Job, store: ResultsStore, sweep: str, notebook: str) -> str:
-    target = _executed(store, sweep, job)
+def _papermill(job: Job, store: ResultsStore, notebook: str) -> str:
+    target = _executed(store, job)
     part = target.with_suffix(".part.ipynb")
     before = _finished_at(job, store)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "ERROR"]
@@ -271,9 +281,7 @@ def _papermill(job: Job, store: ResultsStore, sweep: str, notebook: str) -> str:
     return "\n".join(filter(None, [out.strip(), err.strip(), ending]))
 
 
-def _begin(
-    job: Job, order: tuple[str, str, str, int], delay: float, begun: dict[str, float]
-) -> str:
+def _begin(job: Job, order: tuple[str, str, int], delay: float, begun: dict[str, float]) -> str:
     _stopping.wait(delay)
     begun[job.name] = time.monotonic()
     try:
@@ -287,13 +295,13 @@ def _finished_at(job: Job, store: ResultsStore) -> str | None:
     return None if found is None else str(found.get("finished", ""))
 
 
-def _executed(store: ResultsStore, sweep: str, job: Job) -> Path:
-    return store.working_folder(sweep) / "notebooks" / f"{job.name}.ipynb"
+def _executed(store: ResultsStore, job: Job) -> Path:
+    return store.working_folder(job.sweep) / "notebooks" / f"{job.name}.ipynb"
 
 
-def _is_done(job: Job, store: ResultsStore, sweep: str) -> bool:
+def _is_done(job: Job, store: ResultsStore) -> bool:
     if job.point is None:
-        return _executed(store, sweep, job).exists()
+        return _executed(store, job).exists()
     return _counts(store.find(job.point.run_id), job.point)
 
 

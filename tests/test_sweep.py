@@ -207,6 +207,39 @@ def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
     assert {r["run_id"] for r in store.records()} == {p.run_id for p in points}
 
 
+# Goes on when three are at work, and fails where that does not happen.
+TOGETHER = """
+until = time.time() + 120
+while len((folder / "attempts.txt").read_text().splitlines()) < 3:
+    assert time.time() < until, "alone"
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.notebook
+def test_several_grids_share_one_queue(tmp_path: Path) -> None:
+    points = []
+    for name, numbers in (("one", [1, 2]), ("two", [2, 3])):
+        grid = [{"seed": numbers}]
+        path = write(tmp_path / f"{name}.yaml", sweep=name, base={"method": "random"}, grid=grid)
+        points += load_sweep(path)
+    assert points[1].run_id == points[2].run_id  # asked for by both, run once
+    results = tmp_path / "results"
+    results.mkdir()
+    notebook = make_notebook(
+        tmp_path / "together.ipynb",
+        RECORDER.replace("time.sleep(seconds)", TOGETHER),
+        "config, results_dir = {}, None",
+    )
+    failed = run_sweep(points, results, notebook=notebook, processes=3, retries=0, progress=False)
+    assert failed == {}
+    found = {record["run_id"]: record["sweep"] for record in ResultsStore(results).records()}
+    assert found == {points[0].run_id: "one", points[1].run_id: "one", points[3].run_id: "two"}
+    assert len(attempts(tmp_path)) == 3
+    for name, runs in (("one", 2), ("two", 1)):
+        assert len(list((results / name / "notebooks").glob("*.ipynb"))) == runs
+
+
 @pytest.mark.notebook
 @pytest.mark.slow
 def test_two_sweeps_on_one_store(tmp_path: Path) -> None:
