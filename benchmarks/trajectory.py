@@ -288,7 +288,8 @@ def answer(setting: Setting, mode: str, threads: int, gradients: Path) -> None:
         if iteration == 0:
             torch.save({name: p.grad for name, p in method.learnables().items()}, gradients)
             method.optimizer.zero_grad(set_to_none=True)
-            found["relative_error"] = (terms or {}).get("relative_error")
+            error = (terms or {}).get("relative_error")
+            found["relative_error"] = None if error is None else float(error)
         return found
 
     serve(iterate)

@@ -75,6 +75,26 @@ def test_a_quick_run_writes_a_record(name: str, tmp_path: Path, measure: ModuleT
         assert all(run["peak_rss_bytes"] > 2**20 for run in runs)
 
 
+def test_gradient_engines_are_compared_with_the_published_passes(
+    tmp_path: Path, measure: ModuleType
+) -> None:
+    if not measure.peak_resident_bytes():
+        return  # it says that it needs Linux
+    path = tmp_path / "record.json"
+    engines = ["forward-over-reverse", "finite-difference"]
+    command = [sys.executable, str(FOLDER / "trajectory.py"), "--settings", "test_nfnet"]
+    command += ["--modes", "reference", *engines, "--repeats", "1", "--no-growth"]
+    subprocess.run([*command, "--record", str(path)], check=True, capture_output=True)
+    modes = json.loads(path.read_text())[0]["modes"]
+    assert modes["reference"]["median_seconds_ratio"] == 1.0
+    for name in engines:
+        differs = modes[name]["relative_difference"]
+        assert 0 < max(differs.values()) < 1e-3
+        assert modes[name]["median_seconds"] > 0
+    # What the mode says of its own error, and what the published passes say of it.
+    assert 0 < modes["finite-difference"]["reported_relative_error"] < 1e-3
+
+
 def gpu(*arguments: str) -> str:
     command = [sys.executable, str(FOLDER / "gpu.py"), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -163,12 +163,10 @@ def test_how_many_students_pay_for_a_set() -> None:
 
 def test_targets_are_read_from_the_committed_records() -> None:
     table = measured(ROOT / "benchmarks").set_index(["subject", "quantity"])
-    entry = next(
-        e
-        for e in json.loads((ROOT / "benchmarks" / "trajectory.json").read_text())
-        if e["name"] == "test_nfnet" and e["threads"] == 1
-    )
-    wanted = entry["modes"]["finite-difference"]["median_cpu_seconds_ratio"]
+    entries = json.loads((ROOT / "benchmarks" / "trajectory.json").read_text())
+    modes = {e["threads"]: e["modes"]["finite-difference"] for e in entries}
+    assert set(modes) == {1, 2}
+    wanted = max(modes[1]["median_cpu_seconds_ratio"], modes[2]["median_seconds_ratio"])
     found = table.loc[("LoRS / TESLA, finite differences", "time")]
     assert found["ratio"] == pytest.approx(wanted, abs=1e-3)
     assert found["met"] == ("yes" if wanted <= 0.45 else "no")
