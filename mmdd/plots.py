@@ -108,9 +108,10 @@ def recall_bars(
     """Mean recall against budget as grouped bars, with chance and full data as lines.
 
     results: rows of `load_results` of one dataset and one protocol. Error bars are one standard
-    deviation over all students of all distillation seeds. Book: notebooks/07_covmatch.
+    deviation over all students of all distillation seeds. The legend lies below: a phone shows no
+    more than the width of the bars at once. Book: notebooks/07_covmatch.
     """
-    axes = axes or plt.subplots(figsize=(6, 3.4))[1]
+    axes = axes or plt.subplots(figsize=(5.6, 3.4))[1]
     shown = results[results["method"].isin(methods)]
     sns.barplot(
         shown,
@@ -133,7 +134,14 @@ def recall_bars(
         axes.text(0.01, full.mean(), "full data", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set_xlabel("pairs")
     axes.set_ylabel("mean recall (%)" if metric == "mean" else f"{metric} (%)")
-    axes.legend(title=None, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(
+        title=None,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=min(len(methods), 4),
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
     return axes
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import nbformat
 import pytest
 import torch
 
@@ -93,6 +94,23 @@ def test_gradient_engines_are_compared_with_the_published_passes(
         assert modes[name]["median_seconds"] > 0
     # What the mode says of its own error, and what the published passes say of it.
     assert 0 < modes["finite-difference"]["reported_relative_error"] < 1e-3
+
+
+def test_chapters_of_a_checkout_are_timed(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "mmdd.py").write_text("loops = 3_000_000\n")
+    work = nbformat.v4.new_code_cell("import mmdd\nfor _ in range(mmdd.loops): pass")
+    for name, cells in {"01_busy": [work], "02_idle": []}.items():
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
+    record = tmp_path / "record.json"
+    command = [sys.executable, str(FOLDER / "chapters.py"), "--checkout", str(tmp_path)]
+    subprocess.run([*command, "--record", str(record)], check=True, capture_output=True)
+    (entry,) = json.loads(record.read_text())
+    busy, idle = (entry["chapters"][name] for name in ("01_busy", "02_idle"))
+    assert busy["cpu_seconds"] > busy["start_cpu_seconds"] >= 0
+    assert entry["cpu_seconds"] == pytest.approx(busy["cpu_seconds"] + idle["cpu_seconds"], abs=0.1)
+    assert entry["seconds"] >= max(busy["seconds"], idle["seconds"])
 
 
 def gpu(*arguments: str) -> str:
