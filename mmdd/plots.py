@@ -119,7 +119,7 @@ def recall_bars(
         y=metric,
         hue="method",
         hue_order=list(methods),
-        palette={m: METHOD_COLOURS.get(m, "#D55E00") for m in methods},
+        palette={m: METHOD_COLOURS.get(m, "#7A7A7A") for m in methods},
         errorbar="sd",
         saturation=1,
         capsize=0.15,
