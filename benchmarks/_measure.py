@@ -98,11 +98,13 @@ def settle() -> None:
         _CLEAR.write_text("5")
 
 
-def serve(iterate: Callable[[int], dict[str, Any]]) -> None:
+def serve(iterate: Callable[[int], dict[str, Any]], give_back: bool = False) -> None:
     """Carry out one iteration per line of the input; a line of JSON back for each.
 
     iterate(number) returns what it found, its times among it. Number 0 is for warming up: from its
-    end on memory is counted, and later answers hold `base_bytes` and `peak_bytes`.
+    end on memory is counted, and later answers hold `base_bytes` and `peak_bytes`. give_back:
+    return freed memory to the system after every iteration, so that several large ones can wait for
+    their turns beside each other.
     """
     base = 0
     for line in sys.stdin:
@@ -113,6 +115,8 @@ def serve(iterate: Callable[[int], dict[str, Any]]) -> None:
             base = resident_bytes()
         else:
             answer |= {"base_bytes": base, "peak_bytes": peak_resident_bytes()}
+            if give_back:
+                settle()
         print(json.dumps(answer), flush=True)
 
 

@@ -39,7 +39,7 @@ def _named(name: str, threads: int = 1) -> Callable[[Any], dict[str, Any]]:
     )
 
 
-def _modes(first: str, second: str, quantity: str, setting: str = "test_nfnet") -> Read:
+def _modes(first: str, second: str, quantity: str, setting: str) -> Read:
     """The worse of one and two threads of the ratio of two modes; quantity: "time" or "memory"."""
 
     def read(content: Any) -> float | None:
@@ -145,13 +145,13 @@ TARGETS = (
     ),
     *(
         Target(
-            subject,
+            f"{subject}, {network}",
             against,
             quantity,
             limit,
             "trajectory",
-            _modes(mode, other, quantity),
-            _WORSE,
+            _modes(mode, other, quantity, setting),
+            _WORSE + (", two steps of eight" if setting != network else ""),
         )
         for subject, against, mode, other, limits in (
             (
@@ -183,6 +183,7 @@ TARGETS = (
                 {"time": 1.40, "memory": 0.50},
             ),
         )
+        for network, setting in (("test_nfnet", "test_nfnet"), ("nfnet_l0", "nfnet_l0-8"))
         for quantity, limit in limits.items()
     ),
     *(

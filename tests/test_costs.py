@@ -164,10 +164,11 @@ def test_how_many_students_pay_for_a_set() -> None:
 def test_targets_are_read_from_the_committed_records() -> None:
     table = measured(ROOT / "benchmarks").set_index(["subject", "quantity"])
     entries = json.loads((ROOT / "benchmarks" / "trajectory.json").read_text())
+    entries = [e for e in entries if e["name"] == "test_nfnet"]
     modes = {e["threads"]: e["modes"]["finite-difference"] for e in entries}
     assert set(modes) == {1, 2}
     wanted = max(modes[1]["median_cpu_seconds_ratio"], modes[2]["median_seconds_ratio"])
-    found = table.loc[("LoRS / TESLA, finite differences", "time")]
+    found = table.loc[("LoRS / TESLA, finite differences, test_nfnet", "time")]
     assert found["ratio"] == pytest.approx(wanted, abs=1e-3)
     assert found["met"] == ("yes" if wanted <= 0.45 else "no")
     assert len(table) == len(TARGETS)
