@@ -32,11 +32,9 @@ class Target:
     note: str = ""
 
 
-def _named(name: str, threads: int = 1) -> Callable[[Any], dict[str, Any]]:
-    """The entry of a setting in a record that lists settings."""
-    return lambda content: next(
-        (e for e in content if e.get("name") == name and e.get("threads") == threads), {}
-    )
+def _on_one_thread(content: Any, name: str) -> dict[str, Any]:
+    """The entry of a setting in a record that lists settings; empty where there is none."""
+    return next((e for e in content if e.get("name") == name and e.get("threads") == 1), {})
 
 
 def _modes(first: str, second: str, quantity: str, setting: str) -> Read:
@@ -63,7 +61,7 @@ def _ratio(name: str, setting: str | None = None) -> Read:
     """A ratio that the record itself holds, in the entry of a setting where there are some."""
 
     def read(content: Any) -> float | None:
-        entry = content if setting is None else _named(setting)(content)
+        entry = content if setting is None else _on_one_thread(content, setting)
         value = entry.get(name)
         return None if value is None else float(value)
 
@@ -94,7 +92,7 @@ def _waiting(where: str) -> Read:
     """The share of an iteration that waits, from the cache in memory or on the disk."""
 
     def read(content: Any) -> float | None:
-        found = _named("test_nfnet")(content).get("modes", {}).get(where)
+        found = _on_one_thread(content, "test_nfnet").get("modes", {}).get(where)
         return None if found is None else float(found["share"])
 
     return read
