@@ -92,7 +92,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:  # threads: they only wait for their kernels
         asked = pool.map(lambda path: time_chapter(path.resolve(), variables), chapters)
         found = list(tqdm(asked, total=len(chapters), desc="chapters", disable=None))
-    seconds = round(time.perf_counter() - begin, 1)
+    seconds = round(time.perf_counter() - begin, 2)
     print(f"{'chapter':32}{'CPU s':>8}{'wall s':>8}{'start':>8}")
     for entry in found:
         print(
@@ -101,7 +101,7 @@ def main() -> None:
         )
         for cell_seconds, line in entry["cells"][: arguments.cells]:
             print(f"    {cell_seconds:6.1f}  {line[:80]}")
-    worked = round(sum(entry["cpu_seconds"] for entry in found), 1)
+    worked = round(sum(entry["cpu_seconds"] for entry in found), 2)
     print(f"{'all':32}{worked:8.1f}{seconds:8.1f}")
     if arguments.notebooks:
         return
