@@ -74,9 +74,18 @@ def build(setting: str, mode: str, folder: Path, pairs: int = PAIRS) -> Any:
             ),
             dim=_width(setting),
         )
-    dataset = Scenes.generate(
-        {"train": max(300, 2 * pairs), "val": 20, "test": 20}, size=SETTINGS[setting]
-    )
+    name = mode.split(",")[0]
+    entry: Any = METHODS[name]
+    options: dict[str, Any] = {}  # the papers' batches
+    if setting == "scenes-tiny":
+        tuned: Any = preset("small", method=name, protocol="image+text_head").settings
+        options = tuned.model_dump()
+    if "experts" in entry.config.model_fields:
+        options["experts"] = {"count": 4, "epochs": 5, "lr_image": 0.01, "lr_heads": 0.01}
+    settings = entry.config(**options | {"lr_image": 0.01, "lr_text": 0.01})
+    # A real batch holds no more than there is: with too few scenes an iteration is too cheap.
+    train = max(300, 2 * pairs, getattr(settings, "real_batch", 0))
+    dataset = Scenes.generate({"train": train, "val": 20, "test": 20}, size=SETTINGS[setting])
     model = build_model(config)
     images, choice = select("random", dataset, pairs, 0)
     context = Context(
@@ -87,15 +96,6 @@ def build(setting: str, mode: str, folder: Path, pairs: int = PAIRS) -> Any:
         seed=0,
         model_config=config.model_dump(mode="json"),
     )
-    name = mode.split(",")[0]
-    entry: Any = METHODS[name]
-    options: dict[str, Any] = {}  # the papers' batches
-    if setting == "scenes-tiny":
-        tuned: Any = preset("small", method=name, protocol="image+text_head").settings
-        options = tuned.model_dump()
-    if "experts" in entry.config.model_fields:
-        options["experts"] = {"count": 4, "epochs": 5, "lr_image": 0.01, "lr_heads": 0.01}
-    settings = entry.config(**options | {"lr_image": 0.01, "lr_text": 0.01})
     prepared, _ = entry.distiller.prepare(settings, context, folder, progress=False)
 
     method = entry.distiller(settings, replace(context, prepared=prepared))

@@ -144,6 +144,7 @@ _MDM: dict[str, Any] = {
 _PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
 _MOMENTS = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.03}
+_TOKENS = {"lr_text": 0.002}  # entries of token embeddings are a twentieth of those of features
 
 # By (method, encoder pair, protocol).
 TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
@@ -176,6 +177,15 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mdm", "scenes-tiny", "heads"): _MDM | {"lr_text": 0.3},
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1, "iterations": 300},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
+    # With texts as token embeddings: where the search of sweeps/tune_both.yaml starts, the settings
+    # of `image+text_head` with the step on texts that CovMatch and the moments have there.
+    ("mtt", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("tesla", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("lors", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS | {"lr_similarity": 0.003},
+    ("moment-trajectory", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("mdm", "scenes-tiny", "both"): _MDM | _TOKENS,
+    ("dc", "scenes-tiny", "both"): _MATCHING | {"model_steps": 1} | _TOKENS,
+    ("dm", "scenes-tiny", "both"): _MATCHING | {"normalize": True} | _TOKENS,
     # On photos four trials for each method (sweeps/tune_equal_photos.yaml) replaced one starting
     # value, CovMatch's real batch of 64; under `both` nothing was searched.
     ("covmatch", "cifar-minilm", "image+text_head"): _COVMATCH
