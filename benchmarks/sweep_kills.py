@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 from _kills import command, family, records, shoot
+from _measure import code_version, machine
 from tqdm.auto import tqdm
 
 from mmdd.files import atomic_write_text
@@ -122,6 +123,8 @@ def main() -> None:
             "records_equal_to_the_bit": sum(found.get(key) == value for key, value in calm.items()),
             "unfinished_notebooks": len(leftovers),
             "exit_code_of_another_call": again.wait(),
+            "code": code_version(Path(__file__).resolve()),
+            "machine": machine("torch"),
         }
     atomic_write_text(wanted.record, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

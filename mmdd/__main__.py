@@ -404,7 +404,7 @@ def sweep(
     """Carry out every point of grids that is not done yet, through papermill."""
     from mmdd.grid import load_sweep, read_sweep
     from mmdd.store import ResultsStore
-    from mmdd.sweep import run_chapters, run_sweep
+    from mmdd.sweep import queue_of_chapters, queue_of_runs, run_jobs
 
     # What ends a batch job ends its kernels too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -413,29 +413,29 @@ def sweep(
         "scheduler": scheduler,
         "resources": {k: float(v) for k, v in map(_assignment, resource or [])},
         "retries": retries,
-        "limit": limit,
     }
     runtime: dict[str, Any] = {"threads": 1, "redo_stale": redo_stale}
     if data is not None:
         runtime["data"] = str(data.resolve())
     store = ResultsStore(results)
     grids = []
-    for file in files:  # a mistake in the last one is told before the first one runs
+    for file in files:
         grid = read_sweep(file)[0]
         points = None if grid.notebook is not None else load_sweep(file, runtime)
         grids.append((file, grid.sweep, points))
-    failed: dict[tuple[str, str], str] = {}  # by sweep and run
+    queues = []  # of all files: a mistake in the last one is told before the first one runs
     # Grids of runs share one queue, so that no process waits for the last point of each.
     for of_runs, together in itertools.groupby(grids, key=lambda grid: grid[2] is not None):
         if of_runs:
             points = [point for *_, points in together for point in points or ()]
-            sweep_of = {point.run_id: point.sweep for point in reversed(points)}
-            found = run_sweep(points, results, **how)
-            failed |= {(sweep_of[run_id], run_id): error for run_id, error in found.items()}
-            continue
-        for file, name, _ in together:
-            found = run_chapters(file, results, **how)
-            failed |= {(name, job): error for job, error in found.items()}
+            queues.append(queue_of_runs(points, store, limit=limit))
+        else:
+            queues += [queue_of_chapters(file, store, limit) for file, *_ in together]
+    failed: dict[tuple[str, str], str] = {}  # by sweep and run
+    for queue in queues:
+        sweep_of = {job.name: job.sweep for job in queue.jobs}
+        found = run_jobs(queue, store, **how)
+        failed |= {(sweep_of[name], name): error for name, error in found.items()}
     for (name, run_id), error in failed.items():
         where = store.working_folder(name) / "errors" / f"{run_id}.txt"
         typer.echo(f"\nFAILED {run_id} (all of it in {where}):\n{error}", err=True)

@@ -54,8 +54,9 @@ def _of_settings(config: "RunConfig", settings: Any) -> Iterator[InitErrorDetail
         )
     experts = getattr(settings, "experts", None)
     if experts is not None and experts.snapshot_every is None:
-        for start in ("max_start_epoch", "max_start_text"):
-            needed = getattr(settings, start, 0) + getattr(settings, "expert_epochs", 0)
+        starts = ("max_start_epoch", "max_start_text")
+        for start in [name for name in starts if hasattr(settings, name)]:
+            needed = getattr(settings, start) + settings.expert_epochs
             if needed > experts.epochs:
                 yield fault(
                     ("settings", start),

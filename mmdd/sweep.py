@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -23,10 +24,9 @@ from mmdd.board import Board
 from mmdd.config import RunConfig, is_stale
 from mmdd.disk import require_writable
 from mmdd.errors import ConfigError
-from mmdd.grid import expand, nest, read_sweep
+from mmdd.grid import Place, expand, nested, read_sweep, values_of
 from mmdd.store import ResultsStore
 
-_STAGGER_SECONDS = 1.0  # kernels that start at the same moment race for ports
 _LINES = 15  # of an error that are shown; all of it is kept in a file
 
 
@@ -46,6 +46,15 @@ class Job:
     point: RunConfig | None = None
 
 
+@dataclass(frozen=True)
+class Queue:
+    """Jobs of one notebook, which takes their parameters. done: points that need no job."""
+
+    notebook: str | Path
+    jobs: list[Job]
+    done: int
+
+
 def run_sweep(
     points: list[RunConfig],
     results_dir: str | Path = "results",
@@ -56,16 +65,28 @@ def run_sweep(
 ) -> dict[str, str]:
     """Run every point that the store lacks, each in a process of its own.
 
-    points: of one sweep or of several, which then share one queue; a run that two of them ask for
-    is filed under the first. limit: run no more than so many of a sweep, one of each method and
-    protocol before a second of any. Points with `runtime.redo_stale` whose record is stale count as
-    lacking. how: see `run_jobs`.
-
-    Returns run id → last lines of what it printed, for the points that failed; the others are in
-    the store. Raises `ConfigError` for a notebook that has no parameters of these names.
+    points, notebook, limit: see `queue_of_runs`. how: see `run_jobs`. Returns run id → last lines
+    of what it printed, for the points that failed; the others are in the store.
     Book: notebooks/run.
     """
     store = ResultsStore(results_dir)
+    return run_jobs(queue_of_runs(points, store, notebook, limit), store, **how)
+
+
+def queue_of_runs(
+    points: list[RunConfig],
+    store: ResultsStore,
+    notebook: str | Path = "notebooks/run.ipynb",
+    limit: int | None = None,
+) -> Queue:
+    """A job for every point that the store lacks.
+
+    points: of one sweep or of several, which then share one queue; a run that two of them ask for
+    is filed under the first. limit: run no more than so many of a sweep, one of each method and
+    protocol before a second of any. Points with `runtime.redo_stale` whose record is stale count as
+    lacking. Raises `ConfigError` for a notebook that cannot carry out runs, if there is one to do.
+    Book: notebooks/run.
+    """
     asked: dict[str, RunConfig] = {}
     for point in points:
         asked.setdefault(point.run_id, point)
@@ -74,7 +95,6 @@ def run_sweep(
     for run_id, point in asked.items():
         if not _counts(latest.get(run_id), point):
             missing.setdefault(point.sweep, []).append(point)
-    done = len(asked) - sum(map(len, missing.values()))
     jobs = [
         Job(
             point.run_id,
@@ -87,7 +107,9 @@ def run_sweep(
         for lacking in missing.values()
         for point in _one_of_each_first(lacking)[:limit]
     ]
-    return run_jobs(jobs, store, notebook, done=done, **how) if jobs else {}
+    if jobs:
+        check_notebook(notebook, jobs[0].parameters)
+    return Queue(notebook, jobs, len(asked) - sum(map(len, missing.values())))
 
 
 def run_chapters(
@@ -96,79 +118,89 @@ def run_chapters(
     """Execute a chapter once for every point of a sweep file that names one.
 
     The executed notebooks stand in `<results_dir>/<sweep>/notebooks`; those that are there are not
-    executed again. Returns name → error of those that failed. how: see `run_jobs`. Raises
-    `ConfigError` as `load_sweep`, and for a parameter that the chapter does not declare.
-    Book: notebooks/run.
+    executed again. limit: see `queue_of_chapters`. how: see `run_jobs`. Returns name → error of
+    those that failed. Book: notebooks/run.
     """
-    path = Path(path)
-    sweep, lines = read_sweep(path)
+    store = ResultsStore(results_dir)
+    return run_jobs(queue_of_chapters(path, store, limit), store, **how)
+
+
+def queue_of_chapters(path: str | Path, store: ResultsStore, limit: int | None = None) -> Queue:
+    """A job for every point of a sweep file that names a chapter, unless it was executed.
+
+    limit: execute no more than so many. Raises `ConfigError` as `load_sweep`, and for a chapter
+    without a parameters cell or a parameter that it does not declare. Book: notebooks/run.
+    """
+    sweep, lines = read_sweep(Path(path))
     if sweep.notebook is None:
         raise ConfigError(f"{path} names no notebook: its points are runs.")
+    points = [point for _, point in expand(sweep, lines)]
+    places: dict[str, Place] = {}
+    for key, value, place in itertools.chain(*points):
+        places.setdefault(key.split(".")[0], place)
+        try:
+            json.dumps(value, sort_keys=True)
+        except TypeError as error:
+            raise lines.wrong(f"{key!r} is no plain value: {error}", *place) from error
+    checks: list[tuple[list[str], Place]] = [([], ("notebook",))]
+    checks += [([name], place) for name, place in places.items()]
+    for wanted, place in checks:
+        try:
+            check_notebook(sweep.notebook, wanted)
+        except ConfigError as error:
+            raise lines.wrong(error, *place) from error
+    content = Path(sweep.notebook).read_bytes()
     jobs: dict[str, Job] = {}
-    for _, chosen in expand(path, sweep, lines):
-        values = nest(sweep.base | chosen)
-        name = _name_of(sweep.notebook, values)
-        label = " ".join(f"{k}={v}" for k, v in chosen.items())
-        jobs[name] = Job(name, label, sweep.sweep, values)
-    store = ResultsStore(results_dir)
-    missing = [job for job in jobs.values() if not _is_done(job, store)]
-    done = len(jobs) - len(missing)
-    return run_jobs(missing[:limit], store, sweep.notebook, done=done, **how)
-
-
-def _name_of(notebook: str, values: dict[str, Any]) -> str:
-    """16 hex digits of a chapter as it is now and its parameters."""
-    try:
+    for point in points:
+        values = nested(point, lines)
+        # The chapter as it is now, and its parameters.
         told = json.dumps(values, sort_keys=True)
-        content = Path(notebook).read_bytes()
-    except TypeError as error:
-        raise ConfigError(f"a parameter of {notebook} is no plain value: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{notebook} cannot be read: {error}") from error
-    return hashlib.sha256(told.encode() + content).hexdigest()[:16]
+        name = hashlib.sha256(told.encode() + content).hexdigest()[:16]
+        label = " ".join(f"{k}={v}" for k, v in values_of(point, base=False).items())
+        jobs[name] = Job(name, label, sweep.sweep, values)
+    missing = [job for job in jobs.values() if not _is_done(job, store)]
+    return Queue(sweep.notebook, missing[:limit], len(jobs) - len(missing))
 
 
 def run_jobs(
-    jobs: list[Job],
+    queue: Queue,
     store: ResultsStore,
-    notebook: str | Path,
     *,
     processes: int = 1,
     scheduler: str | None = None,
     resources: dict[str, float] | None = None,
     retries: int = 1,
-    done: int = 0,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Carry out jobs of one notebook; returns name → last lines of the error of those that failed.
+    """Carry out the jobs of a queue; returns name → last lines of the error of those that failed.
 
     processes: at a time, on this machine. scheduler: address of a Dask scheduler instead, whose
     workers see the same folders; resources: what each job takes of a worker there, such as
-    {"GPU": 1}. retries: of a job that failed; a run goes on from its checkpoint. done: jobs that
-    were finished before, for the progress table.
+    {"GPU": 1}. retries: of a job that failed; a run goes on from its checkpoint.
 
     A failing job stops no other; all of its output is kept in `<sweep>/errors/<name>.txt`. A job
-    of the same sweep that another process is at is waited for. An interrupt stops what runs, here,
-    and keeps records and checkpoints. Raises `ConfigError` for a notebook without a parameters
-    cell, or a parameter that it does not declare, and `DiskError` for a folder of results that may
-    not be written. Book: notebooks/run.
+    of the same sweep that another process is at is waited for. An interrupt stops what runs on this
+    machine, withdraws what no worker of a cluster has begun, and keeps records and checkpoints.
+    Raises `DiskError` for a folder of results that may not be written. Book: notebooks/run.
     """
-    check_notebook(notebook, {key for job in jobs for key in job.parameters})
+    jobs = queue.jobs
+    if not jobs:
+        return {}
     for sweep in dict.fromkeys(job.sweep for job in jobs):
         require_writable(store.working_folder(sweep))  # one error, not one of each job
-    order = (str(store.folder.resolve()), str(Path(notebook).resolve()), retries)
+    order = (str(store.folder.resolve()), str(Path(queue.notebook).resolve()), retries)
     failed: dict[str, str] = {}
     begun: dict[str, float] = {}
+    labels = {job.name: job.label for job in jobs}
     with (
-        Board(done + len(jobs), done, begun, {j.name: j.label for j in jobs}, progress) as board,
+        Board(queue.done + len(jobs), queue.done, begun, labels, progress) as board,
         _executor(processes, scheduler) as executor,
     ):
         waiting: dict[Future[str], Job] = {}
         try:
-            for number, job in enumerate(jobs):
+            for job in jobs:
                 if scheduler is None:
-                    delay = _STAGGER_SECONDS * number if number < processes else 0.0
-                    future = executor.submit(_begin, job, order, delay, begun)
+                    future = executor.submit(_begin, job, order, begun)
                 else:
                     future = executor.submit(execute, job, *order, **_on_a_cluster(resources))
                 waiting[future] = job
@@ -180,7 +212,7 @@ def run_jobs(
                 board.finished(job.name, job.label, error, _score(job, store))
         except BaseException:  # an interrupt, or a fault of our own: nothing goes on unseen
             for future in waiting:
-                future.cancel()  # or the pool would finish the grid
+                future.cancel()  # or the pool would finish the grid; a busy Dask worker goes on
             _stop_all()
             raise
     return failed
@@ -212,8 +244,25 @@ def check_notebook(notebook: str | Path, wanted: Iterable[str]) -> None:
 
 # -- one job ---------------------------------------------------------------------------------------
 
+
+class Turns:
+    """Spreads what would happen at the same moment: turns come at least so many seconds apart."""
+
+    def __init__(self, apart: float) -> None:
+        self._apart, self._next, self._lock = apart, 0.0, threading.Lock()
+
+    def delay(self, now: float) -> float:
+        """Seconds from now until the caller's turn, which nobody else is given."""
+        with self._lock:
+            turn = max(now, self._next)
+            self._next = turn + self._apart
+        return turn - now
+
+
 _running: set["subprocess.Popen[str]"] = set()
 _stopping = threading.Event()
+# Kernels that start at the same moment race for ports, and all read the same packages and caches.
+_starts = Turns(1.0)
 
 
 def execute(job: Job, results_dir: str, notebook: str, retries: int) -> str:
@@ -234,10 +283,11 @@ def execute(job: Job, results_dir: str, notebook: str, retries: int) -> str:
             continue
     try:
         for _ in range(retries + 1):
-            if _stopping.is_set():
-                return error
             if _is_done(job, store):
                 return ""
+            _stopping.wait(_starts.delay(time.monotonic()))
+            if _stopping.is_set():
+                return error
             error = _papermill(job, store, notebook)
             if not error:
                 report.unlink(missing_ok=True)
@@ -281,8 +331,7 @@ def _papermill(job: Job, store: ResultsStore, notebook: str) -> str:
     return "\n".join(filter(None, [out.strip(), err.strip(), ending]))
 
 
-def _begin(job: Job, order: tuple[str, str, int], delay: float, begun: dict[str, float]) -> str:
-    _stopping.wait(delay)
+def _begin(job: Job, order: tuple[str, str, int], begun: dict[str, float]) -> str:
     begun[job.name] = time.monotonic()
     try:
         return execute(job, *order)

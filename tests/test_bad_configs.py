@@ -265,3 +265,10 @@ def test_what_is_refused_now_has_made_no_record() -> None:
         assert RunConfig.model_validate(record["config"]).run_id == record["run_id"]
         count += 1
     assert count > 100
+
+
+def test_a_method_with_one_start_is_told_of_that_one() -> None:
+    """MTT has no `max_start_text`, which AMD has."""
+    settings = {"expert_epochs": 9, "experts": {"snapshot_every": None}}
+    with pytest.raises(ValidationError, match=r"max_start_epoch \(4\) \+ expert_epochs \(9\)"):
+        preset("tiny", method="mtt", protocol="heads", settings=settings)

@@ -509,7 +509,8 @@ def test_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     values: dict[str, Any] = {
         "preset": "tiny",
         "base": {
-            "method": "random",
+            "method": "covmatch",
+            "settings": {"iterations": 1, "real_batch": 8},
             "dataset": {"train": 40, "val": 20, "test": 20},
             "evaluation": {"students": 1, "epochs": 1, "scores": 1},
         },
@@ -521,11 +522,11 @@ def test_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         path.write_text(yaml.safe_dump(values | {"sweep": name, "grid": grid}))
         return path
 
-    both = write("one", [4, 41])
+    both = write("one", [4, 1])  # one pair has no covariance
     code, out, err = call("sweep", both, "--jobs", "2", "--results", results)
     assert code == 1
     assert err.count("FAILED") == 1
-    assert "cannot choose 41 pairs" in err
+    assert "covmatch needs at least two synthetic" in err
     assert f"packed into {results / 'one.jsonl'}" in out
     packed = (results / "one.jsonl").read_text()
     assert packed.count("\n") == 2  # how many there are, and the one

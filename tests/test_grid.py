@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
+from mmdd.config import DatasetConfig, RuntimeConfig
+from mmdd.data.open import open_dataset
 from mmdd.distill import METHODS, CovMatchConfig
 from mmdd.errors import ConfigError
-from mmdd.grid import Lines, expand, load_sweep, nest, read_sweep
+from mmdd.grid import _SCENES, Lines, expand, load_sweep, nest, read_sweep, values_of
 from mmdd.presets import preset
 from mmdd.selection import SELECTORS
 
@@ -75,47 +77,47 @@ def test_a_point_comes_once(tmp_path: Path) -> None:
     ("values", "named"),
     [
         ({"grid": [{"method": "random"}, {"pears": 3}]}, r"line 5 \(pears=3\): pears: Extra"),
-        ({"grid": [{"pairs": [10, 0]}]}, r"line 4 \(pairs=0\): pairs: "),
+        ({"grid": [{"pairs": [10, 0]}]}, r"line 6 \(pairs=0\): pairs: "),
         ({"grid": [{"method": "dm", "pairs": 0}]}, r"line 5 \(method=dm, pairs=0\): pairs: "),
         ({"grid": [{"settings.rhoo": 1}]}, r"line 4 \(settings\.rhoo=1\): settings\.rhoo: Ex"),
-        ({"base": {"evaluation": {"epoch": 1}}, "grid": [{}]}, r"line 4 .*evaluation\.epoch: Ex"),
+        ({"base": {"evaluation": {"epoch": 1}}, "grid": [{}]}, r"line 5: evaluation\.epoch: Ex"),
         ({"grid": [{"method": "covmach"}]}, f"line 4 .*'covmach' is unknown; known: {KNOWN}"),
-        ({"grid": [{"method": "random", "settings.rho": 1}]}, "line 4 .*'random' has no settings"),
+        ({"grid": [{"method": "random", "settings.rho": 1}]}, "line 5 .*'random' has no settings"),
         ({"grid": [{"method": "full", "pairs": []}]}, "line 5: 'pairs' has no value"),
-        ({"grid": [{"pairs": 3}], "preset": "huge"}, "line 4 .*unknown preset 'huge'"),
+        ({"grid": [{"pairs": 3}], "preset": "huge"}, "line 2: preset: Input should be 'tiny', "),
         ({"grid": [{"seed.x": 3}], "base": {"seed": 1}}, r"line 4: 'seed\.x' cannot be set"),
         ({"grid": [{"settings.rho": 1}], "base": {"settings": None}}, "'settings' is None"),
         ({"grid": [{"runtime.threads": 4}]}, r"line 4: 'runtime\.threads' is no matter of"),
-        ({"grid": [{"pairs": 3}], "base": {"runtime": {}}}, "line 4: 'runtime' is no matter of"),
+        ({"grid": [{"pairs": 3}], "base": {"runtime": {}}}, "line 6: 'runtime' is no matter of"),
         ({"grid": [{"sweep": "other"}]}, "line 4: 'sweep' is no matter of"),
-        ({"grid": [{"pairs": 3}], "sweep": "../x"}, "not a sweep file: sweep: "),
+        ({"grid": [{"pairs": 3}], "sweep": "../x"}, "line 1: sweep: "),
         ({"grid": [{"zip": {"pairs": [1, 2], "seed": [1]}}]}, "line 4: .*pairs has 2, seed has 1"),
-        ({"grid": [{"zip": {"pairs": []}}]}, "line 4: 'pairs' has no value"),
+        ({"grid": [{"zip": {"pairs": []}}]}, "line 5: 'pairs' has no value"),
         ({"grid": [{"zip": [1]}]}, "line 4: zip is a mapping of lists"),
         ({"grid": [{"exclude": {"pairs": 3}}]}, "exclude a list of mappings"),
-        ({"grid": [{"pairs": 3, "exclude": [3]}]}, "line 5: 3 is no mapping"),
-        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 4}]}]}, "line 5: no point has pairs=4"),
-        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 3}]}]}, "line 4: everything is excluded"),
-        ({"grid": [{"pairs": 3, "seed": 1}], "seeds": [0]}, "line 4: the file has seeds"),
-        ({"grid": [{"zip": {"seed": [1]}}], "seeds": [0]}, "line 4: the file has seeds"),
-        ({"grid": [{"pairs": 3, "zip": {"pairs": [4]}}]}, "line 5: 'pairs' is both in zip"),
-        ({"grid": [{"zip": {"runtime.threads": [4]}}]}, r"line 4: 'runtime\.threads' is no matter"),
-        ({"grid": [{"zip": {1: [4]}}]}, "line 4: 1 is no name of a setting"),
+        ({"grid": [{"pairs": 3, "exclude": [3]}]}, "line 6: 3 is no mapping"),
+        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 4}]}]}, "line 6: no point has pairs=4"),
+        ({"grid": [{"pairs": 3, "exclude": [{"pairs": 3}]}]}, "line 5: everything is excluded"),
+        ({"grid": [{"pairs": 3, "seed": 1}], "seeds": [0]}, "line 5: the file has seeds"),
+        ({"grid": [{"zip": {"seed": [1]}}], "seeds": [0]}, "line 5: the file has seeds"),
+        ({"grid": [{"pairs": 3, "zip": {"pairs": [4]}}]}, "line 6: 'pairs' is both in zip"),
+        ({"grid": [{"zip": {"runtime.threads": [4]}}]}, r"line 5: 'runtime\.threads' is no matter"),
+        ({"grid": [{"zip": {1: [4]}}]}, "line 5: 1 is no name of a setting"),
         (
             {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 3}, "set": {"sweep": "x"}}]},
-            "line 6: 'sweep' is no matter of",
+            "line 9: 'sweep' is no matter of",
         ),
         ({"grid": [{"method": "lors", "evaluation": 3}]}, "line 5 .*evaluation: Input"),
         ({"grid": [{"student": "scenes-tiny"}]}, "line 4 .*student=scenes-tiny"),
         ({"grid": [{"model": "scenes-tiny"}]}, "line 4 .*model=scenes-tiny"),
-        ({"grid": [{"method": [["random"]]}]}, r"line 4 .*method \['random'\] is un"),
+        ({"grid": [{"method": [["random"]]}]}, r"line 5 .*method \['random'\] is un"),
         ({"base": {"protocol": ["both"]}, "grid": [{}]}, r"'protocol' is \['both'\].*in grid"),
         ({"base": {"model.pair": ["a"]}, "grid": [{}]}, r"line 4: 'model\.pair' is .*in grid"),
-        ({"base": {"model": {"pair": ["a"]}}, "grid": [{}]}, "line 4 .*model.pair: Input should"),
-        ({"grid": [{"protocol": [["both"]]}]}, "line 4 .*protocol: Input should be"),
-        ({"base": {"name": "x"}, "grid": [{"pairs": 3}]}, "line 6 .*wrong form"),
-        ({"base": {"seed": 1, "seed.x": 2}, "grid": [{"pairs": 3}]}, "line 3: 'seed.x' cannot be"),
-        ({"grid": [{"pairs": 3}], "seeds": []}, "not a sweep file: seeds: "),
+        ({"base": {"model": {"pair": ["a"]}}, "grid": [{}]}, "line 5: model.pair: Input should"),
+        ({"grid": [{"protocol": [["both"]]}]}, "line 5 .*protocol: Input should be"),
+        ({"base": {"name": "x"}, "grid": [{"pairs": 3}]}, "line 4 .*name: Extra inputs"),
+        ({"base": {"seed": 1, "seed.x": 2}, "grid": [{"pairs": 3}]}, "line 5: 'seed.x' cannot be"),
+        ({"grid": [{"pairs": 3}], "seeds": []}, "line 5: seeds: "),
         (
             {"grid": [{"pairs": 3}], "override": [{"when": {"pairs": 4}, "set": {"seed": 1}}]},
             "line 6: no point has pairs=4: nothing to set there",
@@ -126,10 +128,10 @@ def test_a_point_comes_once(tmp_path: Path) -> None:
         ),
         ({"grid": [{"pairs": 3}], "override": [{"when": {}}]}, r"override\.0\.set: Field required"),
         ({"grid": [{"pairs": 3}], "notebook": "x.ipynb"}, "x.ipynb, which makes no records"),
-        ({"grid": []}, "not a sweep file: grid: "),
-        ({"grid": {"pairs": 3}}, "not a sweep file: grid: "),
-        ({"grid": [{"pairs": 3}], "gird": 1}, "not a sweep file: gird: .*mean 'grid'"),
-        ({}, "not a sweep file: grid: Field required"),
+        ({"grid": []}, "line 3: grid: "),
+        ({"grid": {"pairs": 3}}, "line 3: grid: "),
+        ({"grid": [{"pairs": 3}], "gird": 1}, "line 5: gird: .*mean 'grid'"),
+        ({}, "line 1: grid: Field required"),
     ],
 )  # fmt: skip
 def test_a_wrong_sweep_is_named(tmp_path: Path, values: dict, named: str) -> None:
@@ -139,7 +141,153 @@ def test_a_wrong_sweep_is_named(tmp_path: Path, values: dict, named: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["grid: [", "[1, 2]", "", "a: b: c", "\xff\xfe"])
+# What is wrong in a file stands in its last line but for what follows the `#!`.
+GUILTY = {
+    "an unknown key at the top": ("gridd: 1  #!\ngrid: [{pairs: 3}]", "gridd: .* mean 'grid'"),
+    "no block": ("grid: []  #!", "grid: List should have at least 1"),
+    "a block that is none": ("grid:\n  - pairs: 3\n  - null  #!", r"grid\.1: Input should be"),
+    "no seed": ("seeds: []  #!\ngrid:\n  - pairs: 3", "seeds: List should have at least 1"),
+    "a name": ("grid:\n  - pairs: 3\nsweep: ../x  #!", "sweep: String should match"),
+    "a preset": ("preset: smal  #!\ngrid:\n  - pairs: 3", "preset: .*did you mean 'small'"),
+    "an empty list": (
+        "grid:\n  - pairs: 3\n  - method: random\n    pairs: []  #!",
+        "'pairs' has no value, nothing to run",
+    ),
+    "an override's value": (
+        "grid:\n  - method: random\n    pairs: [50]\n"
+        "override:\n  - when: {method: random}\n    set:\n      seed: 1\n      pairs: -1  #!",
+        r"method=random, pairs=-1, seed=1\): pairs: ",
+    ),
+    "an override's key": (
+        "grid:\n  - settings.rho: [1, 2]\n    pairs: [50]\n"
+        "override:\n  - when: {pairs: 50}\n    set:\n      settings.rhoo: 1  #!",
+        r"settings\.rhoo: Extra .* mean 'rho'",
+    ),
+    "a key deep in an override": (
+        "grid:\n  - settings: {rho: 1}\n    pairs: [50]\n"
+        "override:\n  - when: {pairs: 50}\n    set:\n      settings:\n        lambda_: 0.5\n"
+        "        rhoo: 1  #!",
+        r"settings\.rhoo: Extra .* mean 'rho'",
+    ),
+    "an override's key below a value": (
+        "grid:\n  - pairs: 50\noverride:\n  - when: {pairs: 50}\n    set: {pairs.x: 1}  #!",
+        r"'pairs\.x' cannot be set",
+    ),
+    "a default's value": (
+        "grid:\n  - pairs: [50]\n"
+        "defaults:\n  - when: {pairs: 50}\n    set:\n      settings.rho: high  #!",
+        r"settings\.rho: Input should be a valid number",
+    ),
+    "a value that a default had right": (
+        "grid:\n  - pairs: 50\n    settings.rho: high  #!\n"
+        "defaults:\n  - when: {pairs: 50}\n    set: {settings.rho: 1}",
+        r"settings\.rho: Input should be a valid number",
+    ),
+    "what fits no point": (
+        "grid:\n  - pairs: 50\noverride:\n  - set: {seed: 1}\n    when: {pairs: 5}  #!",
+        "no point has pairs=5",
+    ),
+    "a value deep in the base": (
+        "base:\n  protocol: heads\n  evaluation:\n    students: 2\n    epochs: -1  #!\n"
+        "grid:\n  - pairs: 3",
+        r"evaluation\.epochs: ",
+    ),
+    "a key of the base": (
+        "base:\n  protocol: heads\n  evaluations: {}  #!\ngrid:\n  - pairs: 3",
+        "evaluations: Extra .* mean 'evaluation'",
+    ),
+    "a value in a zip": (
+        "grid:\n  - pairs: 3\n    zip:\n      seed: [0, 1]\n      settings.rho:\n        - 1\n"
+        "        - high  #!",
+        r"seed=1, settings\.rho=high\): settings\.rho: ",
+    ),
+    "a key in a zip": (
+        "grid:\n  - pairs: 3\n    zip:\n      seed: [0, 1]\n      sed: [0, 1]  #!",
+        "sed: Extra .* mean 'seed'",
+    ),
+    "a mapping in a list": (
+        "grid:\n  - settings:\n      - {rho: 1}\n      - {rho: 2,\n         rhoo: 3}  #!",
+        r"settings\.rhoo: Extra",
+    ),
+    "a seed": ("seeds:\n  - 0\n  - -1  #!\ngrid:\n  - pairs: 3", r"seed=-1\): seed: "),
+    "a seed that is no number": (
+        "seeds:\n  - 0\n  - one  #!\ngrid:\n  - pairs: 3",
+        r"seeds\.1: Input should be a valid integer",
+    ),
+    "what an anchor shares": (
+        "grid:\n  - &one\n    seed: 1\n    pairs: 0  #!\n"
+        "    exclude: [{pairs: 0, method: random}]\n    method: [random, dm]\n"
+        "  - {<<: *one, seed: 2}",
+        r"seed=1, pairs=0, method=dm\): pairs: ",
+    ),
+    "what stands over an anchor": (
+        "grid:\n  - &one\n    pairs: 3\n    seed: 1\n  - <<: *one\n    pairs: 0  #!",
+        r"pairs=0.*: pairs: ",
+    ),
+    "more pairs than scenes": (
+        "preset: small\ngrid:\n  - method: [random, full]\n    pairs: [4000,\n      4001]  #!",
+        "pairs: cannot choose 4001 pairs: the train split of 'scenes' has 4000",
+    ),
+    "more pairs than some scenes": (
+        "base: {dataset.train: 40, method: random}\ngrid:\n  - pairs: [40, 41]  #!",
+        "cannot choose 41 pairs: the train split of 'scenes' has 40",
+    ),
+    "fewer scenes than the usual pairs": (
+        "grid:\n  - method: random\n    seed: [0, 1]\n    dataset.train: 99  #!",
+        "cannot choose 100 pairs: the train split of 'scenes' has 99",
+    ),
+    # Each is allowed, and the file does not name what the complaint is about.
+    "a contradiction": (
+        "grid:\n  - method: repblend\n    protocol: heads\n    pairs: 9\n"
+        "override:\n  - when: {pairs: 9}\n    set:\n      seed: 1\n"
+        "      settings.experts.snapshot_every: null  #!",
+        r"settings\.max_start_epoch: .* is more than",
+    ),
+    "a number in quotes": (
+        "preset: paper\ngrid:\n  - method: random\n    pairs: '3'  #!",
+        "a value has the wrong form",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "named"), GUILTY.values(), ids=GUILTY)
+def test_the_guilty_line_is_named(tmp_path: Path, text: str, named: str) -> None:
+    head = "".join(
+        f"{line}\n" for line in ("sweep: mine", "preset: tiny") if line.split(":")[0] not in text
+    )
+    (tmp_path / "wrong.yaml").write_text(head + text)
+    (number,) = (i for i, line in enumerate((head + text).splitlines(), 1) if "#!" in line)
+    with pytest.raises(ConfigError, match=rf"wrong\.yaml, line {number}( \(|:).*{named}") as error:
+        load_sweep(tmp_path / "wrong.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_every_fault_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("sweep: s\nbase:\n  seed: -1\n  init: x\ngrid:\n  - pairs: 0\n    inits: y\n")
+    with pytest.raises(ConfigError) as error:
+        load_sweep(path)
+    told = str(error.value)
+    for line, key in ((3, "seed"), (4, "init"), (6, "pairs"), (7, "inits")):
+        assert f"line {line} (pairs=0, inits=y): {key}: " in told
+
+
+def test_photos_may_have_any_number_of_pairs(tmp_path: Path) -> None:
+    """How many there are is known once they are read, and who takes all of them chooses none."""
+    photos = write(tmp_path / "p.yaml", preset="photos", grid=[{"method": "random", "pairs": 9999}])
+    assert [point.pairs for point in load_sweep(photos)] == [9999]
+    everything = write(tmp_path / "f.yaml", grid=[{"method": "full", "dataset.train": 40}])
+    assert len(load_sweep(everything)) == 1
+
+
+def test_the_usual_number_of_scenes() -> None:
+    scenes = open_dataset(DatasetConfig(size=8), RuntimeConfig())
+    assert len(scenes.indices("train")) == _SCENES
+
+
+@pytest.mark.parametrize(
+    "content", ["grid: [", "[1, 2]", "", "a: b: c", "\xff\xfe", "a: &b [*b]", "a: 2000-99-99"]
+)
 def test_a_file_that_is_no_sweep(tmp_path: Path, content: str) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_bytes(content.encode("latin-1"))
@@ -284,11 +432,18 @@ def test_a_grid_of_a_chapter(tmp_path: Path) -> None:
         tmp_path / "s.yaml", notebook="x.ipynb", base={"a": 1}, grid=[{"b": [1, 2]}], seeds=[0, 1]
     )
     sweep, lines = read_sweep(path)
-    assert [values for _, values in expand(path, sweep, lines)] == [
-        {"b": 1, "seed": 0},
-        {"b": 2, "seed": 0},
-        {"b": 1, "seed": 1},
-        {"b": 2, "seed": 1},
+    points = [point for _, point in expand(sweep, lines)]
+    assert [values_of(point) for point in points] == [
+        {"a": 1, "b": 1, "seed": 0},
+        {"a": 1, "b": 2, "seed": 0},
+        {"a": 1, "b": 1, "seed": 1},
+        {"a": 1, "b": 2, "seed": 1},
+    ]
+    assert values_of(points[3], base=False) == {"b": 2, "seed": 1}
+    assert [setting.place for setting in points[3]] == [
+        ("base", "a"),
+        ("grid", 0, "b", 1),
+        ("seeds", 1),
     ]
 
 
@@ -300,3 +455,6 @@ def test_lines() -> None:
     assert lines.of("grid", 1, "z") == lines.of("grid", 1) == 7
     assert lines.of("grid", 1, "missing", 3) == 7
     assert lines.of("missing") == 1
+    assert lines.find("grid", 0, "y", 1) == 6
+    assert lines.find("grid", 0, "y", 2) is lines.find("missing") is None
+    assert lines.values == {"a": 1, "grid": [{"x": 1, "y": [1, 2]}, {"z": 3}]}

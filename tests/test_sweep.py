@@ -1,6 +1,7 @@
 """Points of a sweep run in processes of their own, here or on a cluster, and lose nothing."""
 
 import contextlib
+import datetime
 import json
 import os
 import signal
@@ -13,12 +14,15 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+import mmdd.sweep
+from mmdd.__main__ import app
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
 from mmdd.grid import load_sweep
 from mmdd.store import ResultsStore
-from mmdd.sweep import _one_of_each_first, check_notebook, run_chapters, run_sweep
+from mmdd.sweep import Job, Turns, _one_of_each_first, check_notebook, run_chapters, run_sweep
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -49,15 +53,20 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tmp_path / "s.yaml",
         base=SMALL,
         grid=[
-            {"method": "random", "pairs": [6, 41]},  # there are 40
-            {"method": "covmatch", "settings.iterations": 2, "settings.real_batch": 8},
+            {"method": "random"},
+            {
+                "method": "covmatch",
+                "pairs": [1, 6],  # one has no covariance
+                "settings.iterations": 2,
+                "settings.real_batch": 8,
+            },
         ],
     )
     points = load_sweep(path, {"threads": 1, "device": "cpu"})
     results = tmp_path / "results"
     failed = run_sweep(points, results, processes=2, progress=False)
     assert list(failed) == [points[1].run_id]
-    assert "cannot choose 41 pairs: the train split of 'scenes' has 40." in failed[points[1].run_id]
+    assert "covmatch needs at least two synthetic" in failed[points[1].run_id]
     store = ResultsStore(results)
     for point in (points[0], points[2]):
         record = store.find(point.run_id)
@@ -335,6 +344,96 @@ def test_notebooks_that_cannot_be_swept(tmp_path: Path) -> None:
         run_sweep(seeds(tmp_path, 1), tmp_path / "results", notebook=tmp_path / "none.ipynb")
     with pytest.raises(ConfigError, match="names no notebook"):
         run_chapters(tmp_path / "s.yaml", tmp_path / "results")
+
+
+CHAPTERS = {
+    "no parameters": ("x = 1", "", {}, "line 3: plain.ipynb has no cell with the tag"),
+    "another parameter": ("x = 1", "a = 0", {}, "line 6: plain.ipynb has no parameter 'b'"),
+    "none in an override": (
+        "x = 1",
+        "a = b = 0",
+        {"override": [{"when": {"a": 1}, "set": {"c.d": 1}}]},
+        "line 11: plain.ipynb has no parameter 'c'",
+    ),
+    "a date": (
+        "x = 1",
+        "a = b = 0",
+        {"base": {"a": datetime.date(2000, 1, 1)}},
+        "line 8: 'a' is no plain value",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "parameters", "more", "named"), CHAPTERS.values(), ids=CHAPTERS.keys()
+)
+def test_all_files_are_checked_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    parameters: str,
+    more: dict[str, Any],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notebooks").mkdir()
+    run = make_notebook(Path("notebooks/run.ipynb"), "x = 1", "config, results_dir = {}, None")
+    started: list[str] = []
+
+    def papermill(job: Job, *_: Any) -> str:
+        started.append(job.name)
+        return ""
+
+    def sweep(*files: Path) -> BaseException | None:
+        return CliRunner().invoke(app, ["sweep", *map(str, files)]).exception
+
+    monkeypatch.setattr(mmdd.sweep, "_papermill", papermill)
+    good = write(Path("good.yaml"), grid=[{"method": "random"}])
+    make_notebook(Path("plain.ipynb"), code, parameters)
+    grid = [{"a": 1, "b": 2}]
+    chapter = write(Path("chapter.yaml"), notebook="plain.ipynb", grid=grid, **more)
+    refused = sweep(good, chapter)
+    assert isinstance(refused, ConfigError)
+    assert str(refused).startswith(f"chapter.yaml, {named}")
+    # The other way round it is the notebook of the runs that is looked at first.
+    make_notebook(Path("plain.ipynb"), "x = 1", "a = b = c = 0")
+    fine = write(Path("fine.yaml"), notebook="plain.ipynb", grid=grid)
+    make_notebook(run, "x = 1")
+    refused = sweep(fine, good)
+    assert isinstance(refused, ConfigError)
+    assert "run.ipynb has no cell with the tag" in str(refused)
+    assert started == []
+    make_notebook(run, "x = 1", "config, results_dir = {}, None")
+    assert not sweep(fine, good)
+    assert len(started) == 2
+
+
+# -- starts ----------------------------------------------------------------------------------------
+
+
+def test_turns() -> None:
+    turns = Turns(1.0)
+    assert [turns.delay(now) for now in (10.0, 10.0, 10.5, 20.0, 20.25)] == [0, 1, 1.5, 0, 0.75]
+
+
+def test_every_start_takes_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the first ones: also those that follow them, and what is tried again."""
+    asked: list[float] = []
+
+    class Standing(Turns):  # on a clock that stands still
+        def delay(self, now: float) -> float:
+            asked.append(super().delay(0.0))
+            return 0.0
+
+    points = seeds(tmp_path, 0, 1, 2, 13)
+    monkeypatch.setattr(mmdd.sweep, "_starts", Standing(1.0))
+    monkeypatch.setattr(
+        mmdd.sweep, "_papermill", lambda job, *_: "unlucky" if job.point.seed == 13 else ""
+    )
+    results, notebook = tmp_path / "results", recorder(tmp_path)
+    failed = run_sweep(points, results, notebook=notebook, processes=2, progress=False)
+    assert failed == {points[3].run_id: "unlucky"}
+    assert sorted(asked) == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture
