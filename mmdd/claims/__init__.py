@@ -4,7 +4,7 @@
 `mmdd.claims.verdict` how records decide it. Book: book/claims.
 """
 
-from mmdd.claims.measure import load_measurements
+from mmdd.claims.measurements import Measurements, load_measurements
 from mmdd.claims.model import Claim, load_claims
 from mmdd.claims.page import claims_details, claims_table, counts, judge_all, verdict_bars
 from mmdd.claims.verdict import Evidence, Judgement, Outcome, Verdict, judge
@@ -13,6 +13,7 @@ __all__ = [
     "Claim",
     "Evidence",
     "Judgement",
+    "Measurements",
     "Outcome",
     "Verdict",
     "claims_details",

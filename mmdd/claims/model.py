@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmdd.claims.measure import MEASURES
+from mmdd.claims.measure import CLUSTERED, MEASURES
 from mmdd.config import RunConfig
 from mmdd.errors import ConfigError
 from mmdd.grid import explain, nest
@@ -22,6 +22,7 @@ from mmdd.tables import GIVE_UP_A_PAIR
 Scale = Literal["scenes", "photos"]
 SCALES: dict[Scale, str] = {"scenes": "small", "photos": "photos"}  # scale → preset of its runs
 SEEDS = (0, 1, 2)  # distillation seeds that are looked for; tuning has used others
+ALIKE = 0.1  # share of the larger score within which runs count as alike
 METRICS = ("mean", *RECALLS, "seconds_per_iteration", "expert_seconds", "distillation_seconds")
 
 # The tables beside the claims, by the name that a claim calls them.
@@ -83,7 +84,9 @@ class Test(BaseModel):
 
     - higher and lower: the sum of the runs named first should exceed that of the others;
     - alike: two runs that should hardly differ;
-    - measured, with above or below: a mechanism of `mmdd.claims.measure` against a bound.
+    - at_most: two runs, the first of which should be worth no more than the second;
+    - measured, with above or below: a mechanism of `mmdd.claims.measure` against a bound, or above
+      another one, both of them measured on the same students' seeds.
 
     A run is named by what is particular to it, in the words of a sweep file; `metric`, there or in
     where, is what is read of it: a recall, or seconds.
@@ -96,8 +99,9 @@ class Test(BaseModel):
     higher: list[dict[str, Any]] = []
     lower: list[dict[str, Any]] = []
     alike: list[dict[str, Any]] = []
+    at_most: list[dict[str, Any]] = []
     measured: str | None = None
-    above: float | None = None
+    above: float | str | None = None
     below: float | None = None
 
     @model_validator(mode="before")
@@ -113,19 +117,25 @@ class Test(BaseModel):
         ordered = bool(self.higher) and bool(self.lower)
         if bool(self.higher) != bool(self.lower):
             raise ValueError("higher and lower go together")
-        if ordered + bool(self.alike) + (self.measured is not None) != 1:
-            raise ValueError("a test has higher and lower, or alike, or measured")
+        kinds = ordered + bool(self.alike) + bool(self.at_most) + (self.measured is not None)
+        if kinds != 1:
+            raise ValueError("a test has higher and lower, or alike, or at_most, or measured")
         if ordered and len(self.higher) != len(self.lower):
             # Else the sums differ by a whole score, whatever the runs are worth.
             raise ValueError("higher and lower name the same number of runs")
-        if self.alike and len(self.alike) != 2:
-            raise ValueError("alike names two runs")
+        for kind in ("alike", "at_most"):
+            if getattr(self, kind) and len(getattr(self, kind)) != 2:
+                raise ValueError(f"{kind} names two runs")
         bounds = (self.above is not None) + (self.below is not None)
         if bounds != (self.measured is not None):
             raise ValueError("above or below, one of them, belongs to measured")
-        if self.measured is not None and self.measured not in MEASURES:
-            known = ", ".join(MEASURES)
-            raise ValueError(f"nothing measures {self.measured!r}; known: {known}")
+        other = self.above if isinstance(self.above, str) else None
+        for measure in (self.measured, other):
+            if measure is not None and measure not in MEASURES:
+                known = ", ".join(MEASURES)
+                raise ValueError(f"nothing measures {measure!r}; known: {known}")
+        if other is not None and not {self.measured, other} <= set(CLUSTERED):
+            raise ValueError(f"{self.measured!r} and {other!r} are not of the same students")
         return self
 
     def comparisons(self) -> Iterator["Comparison"]:
@@ -134,7 +144,8 @@ class Test(BaseModel):
         for chosen in itertools.product(*axes.values()):
             shared = dict(zip(axes, chosen, strict=True))
             varied = {k: v for k, v in shared.items() if len(axes[k]) > 1}
-            sides = {1: self.higher or self.alike[:1], -1: self.lower or self.alike[1:]}
+            two = self.alike or self.at_most
+            sides = {1: self.higher or two[:1], -1: self.lower or two[1:]}
             terms = [
                 Term(sign, run, shared, SCALES[self.scale])
                 for sign, runs in sides.items()
@@ -216,7 +227,7 @@ class Claim(BaseModel):
         A tenth, or the largest relative difference among the published numbers of the claim.
         """
         numbers = [printed.number() for printed in self.published]
-        return max([0.1, *([1 - min(numbers) / max(numbers)] if len(numbers) > 1 else [])])
+        return max([ALIKE, *([1 - min(numbers) / max(numbers)] if len(numbers) > 1 else [])])
 
 
 def load_claims(path: str | Path | None = None) -> list[Claim]:

@@ -120,7 +120,7 @@ def _details(claim: Claim, judgements: dict[Scale, Judgement]) -> str:
         f"<details class='claim'><summary>{_text(claim.claim)} <em>{verdicts}</em></summary>"
         f'<div id="claim-{claim.id}" class="claims-scroll">{"".join(said)}'
         f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f"{_records(judgements)}</div></details>"
+        f"{_records(judgements)}{_origin(judgements)}</div></details>"
     )
 
 
@@ -131,22 +131,29 @@ def _outcome_row(scale: Scale, outcome: Outcome) -> str:
         cells = [setting, measured, "", ""]
     else:
         low, high = ([score for score in outcome.scores if score.sign == sign] for sign in (-1, 1))
-        relation = " ≈ " if outcome.comparison.test.alike else " > "
+        test = outcome.comparison.test
+        relation = " ≈ " if test.alike else " ≤ " if test.at_most else " > "
         sides = [" + ".join(map(_score, side)) for side in (high, low) if side]
         measured = f"{relation.join(sides)}?" if low else f"{sides[0]}, {_bound(outcome)}?"
         difference = _difference(outcome)
         if outcome.tolerance is not None:
-            difference += f", within ± {outcome.tolerance:.{_DIGITS}f}?"
+            asked = "at most +" if test.at_most else "within ± "
+            difference += f", {asked}{outcome.tolerance:.{_DIGITS}f}?"
+        if outcome.hangs_on_usual:
+            difference += f" (‡ ± {2 * outcome.by_method_error:.{_DIGITS}f})"
         cells = [setting, measured, difference, f"{outcome.seeds} × {outcome.students}"]
     body = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-    return f"<tr>{body}{_coloured(outcome.verdict, outcome.verdict)}</tr>"
+    told = outcome.verdict + " ‡" * outcome.hangs_on_usual
+    return f"<tr>{body}{_coloured(outcome.verdict, told)}</tr>"
 
 
 def _difference(outcome: Outcome) -> str:
     if not math.isfinite(outcome.difference):
         return ""
-    error = f" ± {2 * outcome.error:.{_DIGITS}f}" if math.isfinite(outcome.error) else ""
-    return f"{outcome.difference:+.{_DIGITS}f}".replace("-", "−") + error
+    # Seconds and cosines are small numbers, and recalls are not.
+    digits = _DIGITS + all(abs(score.mean) < 1 for score in outcome.scores)
+    error = f" ± {2 * outcome.error:.{digits}f}" if math.isfinite(outcome.error) else ""
+    return f"{outcome.difference:+.{digits}f}".replace("-", "−") + error
 
 
 def _shared(shared: dict[str, Any]) -> str:
@@ -165,8 +172,8 @@ def _bound(outcome: Outcome) -> str:
 
 
 def _digits(value: float) -> int:
-    """Decimals: one for recalls, more for numbers below one such as cosines and seconds."""
-    return 3 if abs(value) < 0.1 else 2 if abs(value) < 1 else 1
+    """Decimals: one for recalls, three for numbers below one such as cosines and seconds."""
+    return 3 if abs(value) < 1 else 1
 
 
 def _records(judgements: dict[Scale, Judgement]) -> str:
@@ -182,15 +189,23 @@ def _records(judgements: dict[Scale, Judgement]) -> str:
     return f"<p>Records: {', '.join(f'<code>{name}</code>' for name in found)}</p>"
 
 
+def _origin(judgements: dict[Scale, Judgement]) -> str:
+    """Where measured mechanisms come from, of which there is no record."""
+    outcomes = [o for judgement in judgements.values() for o in judgement.outcomes if o.origin]
+    if not outcomes:
+        return ""
+    stale = " †" * any(score.stale for outcome in outcomes for score in outcome.scores)
+    return f"<p>Measured: {_text(outcomes[0].origin)}{stale}</p>"
+
+
 def _verdict_cell(judgement: Judgement | None) -> str:
     if judgement is None:
         return "<td></td>"
-    total = len(judgement.outcomes)
+    total, told = len(judgement.outcomes), judgement.verdict + " ‡" * judgement.hangs_on_usual
     if total == 1:
-        difference = _difference(judgement.outcomes[0])
-        return _coloured(judgement.verdict, judgement.verdict, difference)
+        return _coloured(judgement.verdict, told, _difference(judgement.outcomes[0]))
     counted = judgement.counts()[judgement.verdict]
-    return _coloured(judgement.verdict, judgement.verdict, f"{counted} of {total}")
+    return _coloured(judgement.verdict, told, f"{counted} of {total}")
 
 
 def _coloured(verdict: Verdict, text: str, below: str = "") -> str:

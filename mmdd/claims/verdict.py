@@ -20,9 +20,19 @@ small by luck is not believed. Photos, of which there is one seed, borrow τ fro
 - For "hardly differ": within a tolerance m, a tenth of the larger score, or the largest relative
   difference among the published numbers of the claim, if that is more. |D| + 2u ≤ m:
   **reproduced**; |D| - 2u > m: **not reproduced**; else **inconclusive**.
+- For "no more than": D ≤ m is asked for, with m a tenth of the larger score. D + 2u ≤ m:
+  **reproduced**; D - 2u > m: **not reproduced**; else **inconclusive**. A set that "fails" is one
+  that ends below random pairs, or that is worth no more than they are: the claim says which.
 - For seconds: the same as for recall, but with no usual value, so three seeds are needed.
 - For a measured mechanism: D is the distance to the bound, u the standard error over its seeds.
+  What is measured on students of one set has S = 1, w over those students, and for b that measure's
+  own usual deviation, from sets that three seeds made, times √k.
 - A comparison without records is **not yet run**.
+
+τ is one number for all methods, although some seem to differ more from seed to seed than others.
+‡ marks a verdict that would be another if a set were given its own method's deviation, pooled over
+the configurations of that method, wherever that is more than τ. The verdict stays, as what is
+pooled from so few is uncertain itself.
 
 A claim with several comparisons is not reproduced if one of them is not; else not yet run if one is
 not; else inconclusive if one is; else reproduced.
@@ -30,14 +40,15 @@ not; else inconclusive if one is; else reproduced.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from mmdd.claims.model import SEEDS, Claim, Comparison, Scale, Term
+from mmdd.claims.measurements import Measurements
+from mmdd.claims.model import ALIKE, SEEDS, Claim, Comparison, Scale, Term
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not yet run"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "inconclusive", "not yet run")
@@ -64,7 +75,9 @@ class Outcome:
     """What records say of one comparison. difference: D; error: u; seeds, students: S and T.
 
     tolerance: m, in the units of D, where the runs should be alike. missing: the sides that have no
-    record, or none of a common seed.
+    record, or none of a common seed. own: u rests on the deviation of these three seeds, not on the
+    usual one. by_method: the verdict, and by_method_error u, with the deviations of the methods
+    where they are more than the usual one. origin: where a measured mechanism comes from.
     """
 
     comparison: Comparison
@@ -76,6 +89,14 @@ class Outcome:
     tolerance: float | None = None
     scores: tuple[Score, ...] = ()
     missing: tuple[str, ...] = ()
+    own: bool = False
+    by_method: Verdict | None = None
+    by_method_error: float = math.nan
+    origin: str = ""
+
+    @property
+    def hangs_on_usual(self) -> bool:
+        return self.by_method not in (None, self.verdict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,11 @@ class Judgement:
     verdict: Verdict
     outcomes: tuple[Outcome, ...]
 
+    @property
+    def hangs_on_usual(self) -> bool:
+        """Whether the methods' own deviations would make it another verdict."""
+        return combine(o.by_method or o.verdict for o in self.outcomes) != self.verdict
+
     def counts(self) -> Counter[Verdict]:
         return Counter(outcome.verdict for outcome in self.outcomes)
 
@@ -95,18 +121,18 @@ class Judgement:
 class Evidence:
     """Records in the form that comparisons ask for: run → scores by student.
 
-    results: rows of `load_results`. measurements: by name, one number per seed.
+    results: rows of `load_results`. measurements: of mechanisms, from `load_measurements`.
     """
 
     results: pd.DataFrame
-    measurements: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    measurements: Measurements = field(default_factory=Measurements)
 
     def __post_init__(self) -> None:
         rows = self.results.assign(
             distillation_seconds=self.results["iterations"] * self.results["seconds_per_iteration"]
         )
         self._runs = dict(tuple(rows.groupby("run_id"))) if len(rows) else {}
-        self._usual: dict[str, float] = {}
+        self._found: dict[str, pd.Series] = {}
 
     def scores(self, term: Term) -> dict[int, pd.Series]:
         """By seed: the metric by student seed, or the one number of a run where it is seconds."""
@@ -127,20 +153,36 @@ class Evidence:
         Over all configurations with at least three distillation or selection seeds; NaN without
         any.
         """
+        return _root_mean(self._variances(metric))
+
+    def method_deviation(self, method: str, metric: str = "mean") -> float:
+        """The same over the configurations of one method; NaN where none has three seeds."""
+        variances = self._variances(metric)
+        return _root_mean(variances[variances.index == method])
+
+    def _variances(self, metric: str) -> pd.Series:
+        """Over seeds, of the mean score of every configuration that has three; index: its method.
+
+        None for seconds, which have no usual deviation.
+        """
         if metric in _SECONDS:
-            return math.nan
-        if metric not in self._usual:
+            return pd.Series(dtype=float)
+        if metric not in self._found:
             rows = self.results
             rows = rows[rows["dataset"].eq("scenes") & rows["seed"].isin(SEEDS)]
             rows = rows[rows["method"].ne("full")]
             same = rows["config"].map(
                 lambda config: repr(sorted((k, v) for k, v in config.items() if k != "seed"))
             )
-            means = rows.groupby([same, "seed"])[metric].mean()
-            by_configuration = means.groupby(level=0)
+            means = rows.groupby(["method", same, "seed"])[metric].mean()
+            by_configuration = means.groupby(level=[0, 1])
             variances = by_configuration.var()[by_configuration.size() >= 3]
-            self._usual[metric] = float(np.sqrt(variances.mean())) if len(variances) else math.nan
-        return self._usual[metric]
+            self._found[metric] = variances.droplevel(1)
+        return self._found[metric]
+
+
+def _root_mean(variances: pd.Series) -> float:
+    return float(np.sqrt(variances.mean())) if len(variances) else math.nan
 
 
 def judge(claim: Claim, evidence: Evidence, scale: Scale = "scenes") -> Judgement:
@@ -172,15 +214,36 @@ def _decide(comparison: Comparison, evidence: Evidence, claim: Claim) -> Outcome
     )
     paired = [_paired(comparison.terms, [values[seed] for values in found]) for seed in common]
     difference = float(np.mean([d.mean() for d in paired]))
-    error = _error(comparison, paired, evidence)
     tolerance = None
-    if comparison.test.alike:
-        tolerance = claim.tolerance() * max(abs(score.mean) for score in scores)
-        verdict = _alike(difference, error, tolerance)
-    else:
-        verdict = ordered(difference, error)
-    students = min(len(d) for d in paired)
-    return Outcome(comparison, verdict, difference, error, len(common), students, tolerance, scores)
+    if comparison.test.alike or comparison.test.at_most:
+        share = claim.tolerance() if comparison.test.alike else ALIKE
+        tolerance = share * max(abs(score.mean) for score in scores)
+    usual, by_method = _usual(comparison, evidence)
+    error, own = _error(paired, usual)
+    wider, _ = _error(paired, by_method)
+    return Outcome(
+        comparison,
+        _verdict(comparison, difference, error, tolerance),
+        difference,
+        error,
+        len(common),
+        min(len(d) for d in paired),
+        tolerance,
+        scores,
+        own=own,
+        by_method=_verdict(comparison, difference, wider, tolerance),
+        by_method_error=wider,
+    )
+
+
+def _verdict(
+    comparison: Comparison, difference: float, error: float, tolerance: float | None
+) -> Verdict:
+    if tolerance is None:
+        return ordered(difference, error)
+    # "No more than" says nothing of how much less.
+    distance = difference if comparison.test.at_most else abs(difference)
+    return _within(distance, error, tolerance)
 
 
 def _paired(terms: Sequence[Term], values: Sequence[pd.Series]) -> np.ndarray:
@@ -191,18 +254,29 @@ def _paired(terms: Sequence[Term], values: Sequence[pd.Series]) -> np.ndarray:
     return table.sum(axis=1).to_numpy()
 
 
-def _error(comparison: Comparison, paired: Sequence[np.ndarray], evidence: Evidence) -> float:
+def _usual(comparison: Comparison, evidence: Evidence) -> tuple[float, float]:
+    """What b is at least: τ · √k, and the same with each method's own deviation where it is more.
+
+    With several metrics the largest of the deviations counts.
+    """
+    metrics = sorted({term.metric for term in comparison.terms})
+    usual = max(evidence.usual_seed_deviation(m) for m in metrics)
+    sets = [term for term in comparison.terms if term.has_set]
+    if not sets:
+        return 0.0, 0.0
+    own = [evidence.method_deviation(term.configs[0].method, term.metric) for term in sets]
+    wider = math.sqrt(sum(np.fmax(usual, deviation) ** 2 for deviation in own))
+    return usual * math.sqrt(len(sets)), wider
+
+
+def _error(paired: Sequence[np.ndarray], usual: float) -> tuple[float, bool]:
+    """u, and whether it rests on the deviation of these seeds rather than on the usual one."""
     seeds, students = len(paired), min(len(d) for d in paired)
-    sets = sum(term.has_set for term in comparison.terms)
-    metrics = {term.metric for term in comparison.terms}
-    usual = max(evidence.usual_seed_deviation(m) for m in sorted(metrics)) * math.sqrt(sets)
-    if sets == 0:
-        usual = 0.0
     own = float(np.std([d.mean() for d in paired], ddof=1)) if seeds >= 3 else math.nan
     between = float(np.fmax(own, usual))  # the one that is known, where only one is
     within = [float(np.var(d, ddof=1)) for d in paired if len(d) > 1]
     by_students = float(np.mean(within)) / students if within else 0.0
-    return standard_error(between, by_students, seeds)
+    return standard_error(between, by_students, seeds), math.isfinite(own) and between == own
 
 
 def standard_error(between: float, by_students: float, seeds: int) -> float:
@@ -217,29 +291,61 @@ def ordered(difference: float, error: float) -> Verdict:
     return "reproduced" if difference > 0 else "not reproduced"
 
 
-def _alike(difference: float, error: float, tolerance: float) -> Verdict:
+def _within(distance: float, error: float, tolerance: float) -> Verdict:
+    """Whether a distance is at most a tolerance, from u."""
     if not math.isfinite(error):
         return "inconclusive"
-    if abs(difference) + 2 * error <= tolerance:
+    if distance + 2 * error <= tolerance:
         return "reproduced"
-    return "not reproduced" if abs(difference) - 2 * error > tolerance else "inconclusive"
+    return "not reproduced" if distance - 2 * error > tolerance else "inconclusive"
 
 
 def _decide_measured(comparison: Comparison, evidence: Evidence) -> Outcome:
-    test = comparison.test
+    test, found = comparison.test, evidence.measurements
     assert test.measured is not None
-    values = np.asarray(evidence.measurements.get(test.measured, ()), dtype=float)
-    if values.size == 0:
-        return Outcome(comparison, "not yet run", missing=(test.measured,))
-    mean = float(values.mean())
-    std = float(values.std(ddof=1)) if values.size > 1 else math.nan
-    bound = test.above if test.above is not None else test.below
-    assert bound is not None
-    difference = mean - bound if test.above is not None else bound - mean
-    error = std / math.sqrt(values.size) if values.size >= 3 else math.nan
-    score = Score(test.measured, 1, mean, std, values.size, values.size, (), False)
-    verdict = ordered(difference, error)
-    return Outcome(comparison, verdict, difference, error, values.size, 1, None, (score,))
+    names = [test.measured, *([test.above] if isinstance(test.above, str) else [])]
+    missing = tuple(name for name in names if not found.values.get(name))
+    if missing:
+        return Outcome(comparison, "not yet run", missing=missing)
+    sides = [np.asarray(found.values[name], dtype=float) for name in names]
+    if len(sides) == 2:
+        distances = sides[0] - sides[1]
+    elif test.below is None:
+        distances = sides[0] - float(test.above or 0)
+    else:
+        distances = test.below - sides[0]
+    scores = tuple(
+        Score(
+            name,
+            sign,
+            float(values.mean()),
+            float(values.std(ddof=1)) if values.size > 1 else math.nan,
+            values.size,
+            values.size,
+            (),
+            found.stale,
+        )
+        for name, values, sign in zip(names, sides, (1, -1), strict=False)
+    )
+    difference, number = float(distances.mean()), distances.size
+    if names[0] in found.deviation:  # students of one set each
+        between = math.sqrt(sum(found.deviation[name] ** 2 for name in names))
+        by_students = float(distances.var(ddof=1)) / number if number > 1 else math.nan
+        error, seeds, students, own = standard_error(between, by_students, 1), 1, number, False
+    else:
+        spread = float(distances.std(ddof=1)) if number >= 3 else math.nan
+        error, seeds, students, own = spread / math.sqrt(number), number, 1, True
+    return Outcome(
+        comparison,
+        ordered(difference, error),
+        difference,
+        error,
+        seeds,
+        students,
+        scores=scores,
+        own=own,
+        origin=found.origin,
+    )
 
 
 def _score(term: Term, by_seed: dict[int, pd.Series], evidence: Evidence) -> Score:

@@ -1,15 +1,27 @@
 """The rule: what records make of a claim, and that other records make something else of it."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from mmdd.claims import Evidence, claims_details, claims_table, counts, judge, judge_all
+from mmdd.claims import (
+    Evidence,
+    Measurements,
+    claims_details,
+    claims_table,
+    counts,
+    judge,
+    judge_all,
+)
+from mmdd.claims.measure import CLUSTERED
 from mmdd.claims.model import Claim
 from mmdd.claims.verdict import combine
+from mmdd.presets import preset
 
 MEASURED = "cosine of text features"
 
@@ -187,13 +199,126 @@ def test_a_mechanism_is_held_against_its_bound():
     nothing = evidence(claim(), [THREE, LOWER]).results
 
     def verdict(*values):
-        return judge(the_claim, Evidence(nothing, {MEASURED: values})).verdict
+        return judge(the_claim, Evidence(nothing, Measurements({MEASURED: values}))).verdict
 
     assert verdict(0.95, 0.951, 0.949) == "reproduced"
     assert verdict(0.85, 0.851, 0.849) == "not reproduced"
     assert verdict(0.85, 0.99, 0.9) == "inconclusive"
     assert verdict(0.95, 0.951) == "inconclusive"
     assert verdict() == "not yet run"
+
+
+def test_students_of_two_sets_are_not_taken_for_two_methods():
+    """Pairs of students that all agree decide nothing that sets of other seeds could reverse."""
+    theirs, ours, _ = CLUSTERED
+    the_claim = claim(tests=[{"measured": ours, "above": theirs}])
+    nothing = evidence(claim(), [THREE, LOWER]).results
+    values = {ours: [0.40, 0.41, 0.42], theirs: [0.30, 0.32, 0.31]}
+
+    def outcome(values, deviation):
+        found = Measurements(values, dict.fromkeys(CLUSTERED, deviation), origin="a file")
+        return judge(the_claim, Evidence(nothing, found)).outcomes[0]
+
+    found = outcome(values, 0.02)
+    paired = np.array([0.10, 0.09, 0.11])
+    assert found.difference == pytest.approx(0.1)
+    assert found.error == pytest.approx(math.sqrt(2 * 0.02**2 + paired.var(ddof=1) / 3))
+    assert (found.seeds, found.students, found.verdict) == (1, 3, "reproduced")
+    assert outcome(values, 0.04).verdict == "inconclusive"
+    swapped = {ours: values[theirs], theirs: values[ours]}
+    assert outcome(swapped, 0.02).verdict == "not reproduced"
+    assert outcome({ours: values[ours]}, 0.02).missing == (theirs,)
+
+
+def test_stale_measurements_and_their_origin_are_shown():
+    the_claim = claim(tests=[{"measured": MEASURED, "above": 0.9}])
+    nothing = evidence(claim(), [THREE, LOWER]).results
+
+    def details(stale):
+        values = {MEASURED: [0.95, 0.951, 0.949]}
+        found = Evidence(nothing, Measurements(values, origin="m.json (code 12ab)", stale=stale))
+        return claims_details([the_claim], judge_all([the_claim], found))
+
+    assert "Measured: m.json (code 12ab)</p>" in details(False)
+    assert "†" not in details(False)
+    assert "Measured: m.json (code 12ab) †</p>" in details(True)
+    assert f"{MEASURED} 0.950 ± 0.001 (3) †, above 0.9?" in details(True)
+
+
+AT_MOST = {
+    "where": {"protocol": "image+text_head", "budget": 100},
+    "at_most": [{"method": "lors"}, {"method": "random"}],
+}
+
+
+def test_no_more_than_is_asked_on_one_side_only():
+    the_claim = claim(tests=[AT_MOST])
+
+    def outcome(shift, spread=0.1):
+        base = [[40.0 - spread, 40.0], [40.0, 40.0 + spread], [40.0, 40.0]]
+        moved = [[m + shift for m in means] for means in base]
+        return judge(the_claim, evidence(the_claim, [moved, base])).outcomes[0]
+
+    assert outcome(0.5).verdict == "reproduced"  # a tenth of 40 is 4
+    assert outcome(-20.0).verdict == "reproduced"  # where "alike" would be the opposite
+    assert outcome(8.0).verdict == "not reproduced"
+    assert outcome(0.5, spread=12.0).verdict == "inconclusive"
+    assert outcome(8.0).tolerance == pytest.approx(4.8)
+    # What the paper prints for other things does not widen it.
+    printed = [{"label": "a", "value": 40.0}, {"label": "b", "value": 4.0}]
+    wide = claim(tests=[AT_MOST], published=printed)
+    sides = [[[48.0, 48.0]] * 3, [[40.0, 40.1]] * 3]
+    assert judge(wide, evidence(wide, sides)).verdict == "not reproduced"
+    shown = claims_details([wide], judge_all([wide], evidence(wide, sides)))
+    assert "lors 48.0 ± 0.0 (6) ≤ random 40.0 ± 0.1 (6)?" in shown
+    assert "at most +4.80?" in shown
+
+
+def test_a_verdict_that_a_methods_own_seeds_would_change_is_marked():
+    """τ pools all methods; one whose seeds differ more is told by ‡, and decided as before."""
+    the_claim = claim()  # covmatch above random, at 100 pairs
+    ours, theirs = (t.configs[0] for t in the_claim.comparisons("scenes")[0].terms)
+    rows = records(ours, [31.0, 31.2]) + records(theirs, [20.0, 20.2])
+    # At 50 pairs, three seeds: covmatch differs by 6, random by 1, herding by 1.
+    for method, means in {
+        "covmatch": (20, 26, 32), "random": (9, 10, 11), "herding": (9, 10, 11)
+    }.items():  # fmt: skip
+        for seed, mean in enumerate(means):
+            config = preset("small", method=method, pairs=50, protocol="image+text_head", seed=seed)
+            rows += records(config, [float(mean)] * 2)
+    found = Evidence(pd.DataFrame(rows))
+    tau = math.sqrt((36 + 1 + 1) / 3)
+    assert found.usual_seed_deviation() == pytest.approx(tau)
+    assert found.method_deviation("covmatch") == pytest.approx(6)
+    assert math.isnan(found.method_deviation("lors"))
+    (outcome,) = judge(the_claim, found).outcomes
+    assert outcome.error == pytest.approx(math.sqrt(2) * tau)
+    assert outcome.by_method_error == pytest.approx(math.sqrt(36 + tau**2))
+    assert (outcome.verdict, outcome.by_method) == ("reproduced", "inconclusive")
+    judged = judge_all([the_claim], found)
+    assert "✓ reproduced ‡" in claims_table([the_claim], judged)
+    assert "(‡ ± 13.95)" in claims_details([the_claim], judged)
+    # Nothing to mark where the verdict is the same.
+    calm = judge_all([the_claim], evidence(the_claim, [THREE, LOWER]))
+    assert "‡" not in claims_table([the_claim], calm) + claims_details([the_claim], calm)
+
+
+def test_whose_deviation_decides_is_told():
+    (outcome,) = judge(claim(), evidence(claim(), [THREE, LOWER])).outcomes
+    assert not outcome.own
+    # One side rises with the seed and the other falls, so that differences vary more than each.
+    rising, falling = ([[m, m + 1] for m in means] for means in ((30, 38, 46), (28, 20, 12)))
+    (outcome,) = judge(claim(), evidence(claim(), [rising, falling])).outcomes
+    assert outcome.own
+
+
+def test_two_standard_errors_of_three_seeds_are_exceeded_by_chance_in_18_percent():
+    """What the page says of its rule: |t| > 2 with two degrees of freedom."""
+    assert 2 * stats.t.sf(2, df=2) == pytest.approx(0.1835, abs=1e-4)
+    assert 2 * stats.norm.sf(2) == pytest.approx(0.0455, abs=1e-4)
+    page = (Path(__file__).parents[2] / "book" / "claims.ipynb").read_text(encoding="utf-8")
+    assert "18 %" in page
+    assert "up to one comparison in twenty" not in page
 
 
 def test_a_claim_is_as_good_as_its_comparisons():
