@@ -1,6 +1,6 @@
 """The book's tables: every score beside chance, a random set of the same size and the full data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
@@ -117,3 +117,12 @@ def _refuse_mixtures(
                 f"{where.format(*key)} holds {len(settings)} different configurations "
                 f"(runs {', '.join(sorted(group['run_id'].unique()))}): filter by sweep first."
             )
+
+
+def listed(values: Iterable[object]) -> str:
+    """At least one value in words: "25", "25 and 50", "25, 50 and 100".
+
+    Book: notebooks/09_comparison.
+    """
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mmdd.errors import ConfigError
-from mmdd.tables import by_loss, comparison, transfer
+from mmdd.tables import by_loss, comparison, listed, transfer
 
 
 def rows(method, pairs, means, *, seed=0, settings=None, protocol="both", run_id="r", best=1.0):
@@ -133,3 +133,11 @@ def test_transfer_averages_no_mixtures():
     mixed = of_students("lors", "own", [1.0]) + of_students("lors", "own", [2.0], settings={"a": 1})
     with pytest.raises(ConfigError, match="lors with students own holds 2 different"):
         transfer(pd.DataFrame(mixed), own="own")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([25], "25"), ([25, 50], "25 and 50"), (["a", "b", "c"], "a, b and c")],
+)
+def test_a_list_in_words(values, words):
+    assert listed(values) == words
