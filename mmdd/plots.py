@@ -35,6 +35,8 @@ METHOD_COLOURS = {
     "repblend": "#D55E00",
     "amd": "#8C3B00",
     "cov-trajectory": "#004F3B",
+    "cov-similarity": "#3E6FA3",
+    "cov-blend": "#7F9FC4",
     "moment-trajectory": "#4B2E83",
     "covmatch": "#0072B2",
     "moments": "#7B68C8",

@@ -79,7 +79,7 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
 }
 
 # What a method starts from where nothing else is asked for.
-INIT = {"mdm": "k-means"}
+INIT = {"mdm": "k-means", "cov-similarity": "k-means"}
 
 # What CovMatch's tuned settings share: Adam on L2-normalised features, the paper's λ.
 _COVMATCH = {"lambda_": 0.1, "normalize": True, "optimizer": "adam", "lr_image": 0.01}
@@ -154,6 +154,10 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
     ("covmatch", "scenes-tiny", "heads"): _COVMATCH
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
+    ("cov-similarity", "scenes-tiny", "image+text_head"): _COVMATCH
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024, "lr_similarity": 0.003},
+    ("cov-blend", "scenes-tiny", "image+text_head"): _COVMATCH
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
     ("mtt", "scenes-tiny", "image+text_head"): _LONGER,
     ("tesla", "scenes-tiny", "image+text_head"): _LONGER,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _LONGER,
@@ -181,7 +185,12 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     # of `image+text_head` with the step on texts that CovMatch and the moments have there.
     ("mtt", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
     ("tesla", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("tesla-wbce", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
     ("lors", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS | {"lr_similarity": 0.003},
+    ("amd", "scenes-tiny", "both"): _TRAJECTORY
+    | _TOKENS
+    | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
+    ("cov-trajectory", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
     ("moment-trajectory", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
     ("mdm", "scenes-tiny", "both"): _MDM | _TOKENS,
     ("dc", "scenes-tiny", "both"): _MATCHING | {"model_steps": 1} | _TOKENS,
@@ -240,7 +249,7 @@ _PAPER_STUDENTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 # Iterations that fit into seconds.
-_TINY = {"covmatch": 120} | dict.fromkeys(
+_TINY = dict.fromkeys(("covmatch", "cov-similarity", "cov-blend"), 120) | dict.fromkeys(
     (
         *(*_PAPER_PAIRS, "repblend", "dc", "dm", "mdm"),
         *("cov-trajectory", "moment-trajectory", "moments"),

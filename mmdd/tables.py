@@ -7,7 +7,7 @@ import pandas as pd
 from mmdd.errors import ConfigError
 
 # These give up one pair for the numbers of their similarity.
-GIVE_UP_A_PAIR = ("lors", "repblend", "amd")
+GIVE_UP_A_PAIR = ("lors", "repblend", "amd", "cov-similarity")
 
 
 def comparison(

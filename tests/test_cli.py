@@ -126,7 +126,12 @@ def test_completion_knows_commands_and_options() -> None:
     assert sorted(complete("mmdd e")) == ["evaluate", "experts", "export"]
     assert complete("mmdd export SET out --as ") == ["folder", "dataset", "tensors"]
     assert "--protocol" in complete("mmdd evaluate --pro")
-    assert complete("mmdd run --method cov") == ["covmatch", "cov-trajectory"]
+    assert complete("mmdd run --method cov") == [
+        "covmatch",
+        "cov-trajectory",
+        "cov-similarity",
+        "cov-blend",
+    ]
     assert complete("mmdd run --method k-c") == ["k-center"]
     assert complete("mmdd evaluate SET --protocol ") == list(PROTOCOLS)
     assert complete("mmdd run --preset ") == ["tiny", "small", "photos", "gpu", "paper"]

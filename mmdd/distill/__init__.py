@@ -18,6 +18,12 @@ from mmdd.distill.mdm import Mdm, MdmConfig
 from mmdd.distill.moment_trajectory import MomentTrajectory, MomentTrajectoryConfig
 from mmdd.distill.moments import Moments, MomentsConfig
 from mmdd.distill.repblend import RepBlend, RepBlendConfig
+from mmdd.distill.soft_covmatch import (
+    CovBlend,
+    CovBlendConfig,
+    CovSimilarity,
+    CovSimilarityConfig,
+)
 from mmdd.distill.trajectory import (
     Lors,
     LorsConfig,
@@ -55,13 +61,19 @@ METHODS: dict[str, Method] = {
     "moments": Method(MomentsConfig, Moments),
     "cov-trajectory": Method(CovTrajectoryConfig, CovTrajectory),
     "moment-trajectory": Method(MomentTrajectoryConfig, MomentTrajectory),
+    "cov-similarity": Method(CovSimilarityConfig, CovSimilarity),
+    "cov-blend": Method(CovBlendConfig, CovBlend),
 }
 
 __all__ = [
     "METHODS",
     "Context",
+    "CovBlend",
+    "CovBlendConfig",
     "CovMatch",
     "CovMatchConfig",
+    "CovSimilarity",
+    "CovSimilarityConfig",
     "CovTrajectory",
     "CovTrajectoryConfig",
     "Decoupled",

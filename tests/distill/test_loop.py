@@ -594,7 +594,16 @@ def test_batches_fetched_ahead_change_no_bit(
     assert_same_bits(fetched.export(), plain.export())
 
 
-@pytest.mark.parametrize(("name", "protocol"), [("covmatch", "both"), ("dm", "image+text_head")])
+COMPILED = {
+    "covmatch": "both",
+    "dm": "image+text_head",
+    "moments": "heads",
+    "cov-similarity": "both",
+    "cov-blend": "image+text_head",
+}
+
+
+@pytest.mark.parametrize(("name", "protocol"), COMPILED.items())
 def test_compiled_encoders_give_the_same_numbers(
     name: str, protocol: str, make_method: Callable[..., Distiller], make_context: MakeContext
 ) -> None:
@@ -609,9 +618,7 @@ def test_compiled_encoders_give_the_same_numbers(
     torch.testing.assert_close(compiled.export().images, plain.export().images)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("covmatch", "dm", "moments")]
-)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COMPILED])
 def test_what_cannot_be_compiled_says_why(
     name: str, make_method: Callable[..., Distiller], make_context: MakeContext
 ) -> None:
