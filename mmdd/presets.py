@@ -156,9 +156,9 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("covmatch", "scenes-tiny", "heads"): _COVMATCH
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
     ("cov-similarity", "scenes-tiny", "image+text_head"): _COVMATCH
-    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024, "lr_similarity": 0.003},
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024, "lr_similarity": 0.0003},
     ("cov-blend", "scenes-tiny", "image+text_head"): _COVMATCH
-    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
+    | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024, "blend_beta": 0.2},
     ("mtt", "scenes-tiny", "image+text_head"): _LONGER,
     ("tesla", "scenes-tiny", "image+text_head"): _LONGER,
     ("tesla-wbce", "scenes-tiny", "image+text_head"): _LONGER,
