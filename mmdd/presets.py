@@ -150,7 +150,7 @@ _TOKENS = {"lr_text": 0.002}  # entries of token embeddings are a twentieth of t
 # By (method, encoder pair, protocol).
 TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("covmatch", "scenes-tiny", "both"): _COVMATCH
-    | {"iterations": 300, "rho": 1.5, "lr_text": 0.002},
+    | {"iterations": 300, "rho": 1.5, "lr_text": 0.002, "real_batch": 1024},
     ("covmatch", "scenes-tiny", "image+text_head"): _COVMATCH
     | {"iterations": 300, "rho": 2.0, "lr_text": 0.03, "real_batch": 1024},
     ("covmatch", "scenes-tiny", "heads"): _COVMATCH
