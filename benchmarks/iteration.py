@@ -13,10 +13,10 @@ loss and another one the model update. It takes no gradient that it has no use f
 Every mode runs in a process of its own; the processes take turns, one iteration each. Ratios are
 medians over turns of the ratio within a turn, by CPU seconds and by the clock; above one thread the
 clock counts, as waiting threads spin. Memory is what is resident at the peak, above what the
-process held between iterations. `scenes-tiny` has this project's encoders and tuned batches;
-`test_nfnet` timm's smallest NFNet at 64 px and the papers' batches, `nfnet_l0` the papers' network
-at 224 px and batches of 4; both have random weights and a BERT of two layers. N = 100, but 4 for
-`nfnet_l0`. CovMatch runs under `both`, MDM under `image+text_head`.
+process held between iterations. `scenes-tiny` has this project's encoders and tuned settings, but
+real batches of 256; `test_nfnet` timm's smallest NFNet at 64 px and the papers' batches, `nfnet_l0`
+the papers' network at 224 px and batches of 4; both have random weights and a BERT of two layers.
+N = 100, but 4 for `nfnet_l0`. CovMatch runs under `both`, MDM under `image+text_head`.
 Results go to iteration.json, one entry per method, setting and number of threads. Linux only.
 """
 
@@ -111,7 +111,7 @@ def build(method: str, setting: str, folder: Path) -> Any:
     options: dict[str, Any] = {}
     if setting == "scenes-tiny":
         tuned: Any = preset("small", method=method, protocol=protocol).settings
-        options = tuned.model_dump()
+        options = tuned.model_dump() | {"real_batch": 256}  # more than all `real` photos else
     if sizes.batch is not None:
         options |= {"real_batch": sizes.batch, "synthetic_batch": sizes.batch}
     if method == "mdm":

@@ -10,7 +10,7 @@ import pandas as pd
 from mmdd.claims.verdict import ordered, standard_error
 from mmdd.config import RunConfig
 from mmdd.grid import load_sweep, read_sweep
-from mmdd.presets import PresetName, preset
+from mmdd.presets import OURS, PresetName, preset
 
 
 def with_changes(
@@ -106,12 +106,14 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     search starts, and the others are its trials. A trial counts when its recall on validation is
     above that of the start by more than two standard errors, of the students of both: the least
     that a difference must have, as there is one distillation seed, and the best of many is
-    flattered by having been picked.
+    flattered by having been picked. A published method keeps the start of the set that it is
+    published with: what another one gains is told, and is never the best.
 
     One row for each (dataset, protocol, method) whose start and one trial are there: trials (with
     the start), start, best (what the best trial changed), gain, 2 errors (percent), outcome,
-    "replace" or "keep", and in use, which of the two the file's preset has today: "start", "best"
-    or "other". Book: notebooks/09_comparison.
+    "replace" or "keep", in use, which of the two the file's preset has today: "start", "best" or
+    "other", and other init, what the best start of another kind gains for a published method, NaN
+    where none was tried. Book: notebooks/09_comparison.
     """
     grouped = results.groupby("run_id")["validation_mean"]
     recall = {str(run): float(x) for run, x in grouped.mean().items()}
@@ -127,9 +129,10 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
             )
         for key, (start, *others) in searches.items():
             tried = [point for point in others if point.run_id in recall]
-            if start.run_id not in recall or not tried:
+            own = [p for p in tried if p.method in OURS or p.init == start.init]
+            if start.run_id not in recall or not own:
                 continue
-            best = max(tried, key=lambda point: recall[point.run_id])
+            best = max(own, key=lambda point: recall[point.run_id])
             gain = recall[best.run_id] - recall[start.run_id]
             needed = 2 * (squared_error[best.run_id] + squared_error[start.run_id]) ** 0.5
             told.append(
@@ -142,10 +145,14 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
                     "2 errors": needed,
                     "outcome": "replace" if gain > needed else "keep",
                     "in use": _in_use(size, start, best),
+                    "other init": max(
+                        (recall[p.run_id] - recall[start.run_id] for p in tried if p not in own),
+                        default=math.nan,
+                    ),
                 }
             )
     names = ["dataset", "protocol", "method", "trials", "start", "best", "gain"]
-    return pd.DataFrame(told, columns=[*names, "2 errors", "outcome", "in use"])
+    return pd.DataFrame(told, columns=[*names, "2 errors", "outcome", "in use", "other init"])
 
 
 def _in_use(size: str, start: RunConfig, best: RunConfig) -> str:

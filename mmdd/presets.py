@@ -82,6 +82,9 @@ PAPER: dict[tuple[str, str], dict[int, dict[str, Any]]] = {
 INIT = {"mdm": "k-means", "cov-similarity": "k-means"}
 TUNED_INIT = {("moment-trajectory", "scenes-tiny", "both"): "k-center"}
 
+# The methods of this project: a search may choose their start. A published one keeps its own.
+OURS = frozenset(("moments", "moment-trajectory", "cov-trajectory", "cov-similarity", "cov-blend"))
+
 # What CovMatch's tuned settings share: Adam on L2-normalised features, the paper's λ.
 _COVMATCH = {"lambda_": 0.1, "normalize": True, "optimizer": "adam", "lr_image": 0.01}
 

@@ -184,15 +184,16 @@ base: {seed: 10, protocol: heads}
 grid:
   - {method: [covmatch, mdm]}
   - {method: [covmatch, mdm], settings.lr_image: [0.5, 0.6]}
-  - {method: mdm, init: herding}
-  - {method: mtt}
+  - {method: [mtt, moments]}
+  - {method: [mdm, moments], init: herding}
 """
     )
     points = load_sweep(grid)
     scores = {
         "covmatch": [[40.0, 42.0], [42.0, 44.0], [41.0, 43.0]],  # +2 against 2·√(1 + 1)
-        "mdm": [[30.0, 31.0], [31.0, 32.0], [10.0, 11.0], [40.0, 41.0]],  # +10 against 2·√½
+        "mdm": [[30.0, 31.0], [31.0, 32.0], [10.0, 11.0], [40.0, 41.0]],  # +1 against 2·√½
         "mtt": [[1.0, 2.0]],  # has no trial
+        "moments": [[20.0, 21.0], [30.0, 31.0]],
     }
     rows = []
     for method, of_method in scores.items():
@@ -200,15 +201,16 @@ grid:
         for point, students in zip(own, of_method, strict=True):
             rows += [{"run_id": point.run_id, "validation_mean": value} for value in students]
     found = search_outcome(pd.DataFrame(rows), grid).set_index("method")
-    assert found["trials"].to_dict() == {"covmatch": 3, "mdm": 4}
-    assert found["start"].to_dict() == {"covmatch": 41.0, "mdm": 30.5}
-    assert found["best"].to_dict() == {"covmatch": "lr_image = 0.5", "mdm": "init = herding"}
-    assert found["gain"].to_dict() == {"covmatch": 2.0, "mdm": 10.0}
-    assert found["2 errors"].tolist() == pytest.approx([8**0.5, 2**0.5])
-    assert found["outcome"].to_dict() == {"covmatch": "keep", "mdm": "replace"}
-    assert found["in use"].to_dict() == {"covmatch": "start", "mdm": "start"}
+    assert found["trials"].to_dict() == {"covmatch": 3, "mdm": 4, "moments": 2}
+    assert found["start"].to_dict() == {"covmatch": 41.0, "mdm": 30.5, "moments": 20.5}
+    assert found["best"].tolist() == ["lr_image = 0.5", "lr_image = 0.5", "init = herding"]
+    assert found["gain"].tolist() == [2.0, 1.0, 10.0]
+    assert found["2 errors"].tolist() == pytest.approx([8**0.5, 2**0.5, 2**0.5])
+    assert found["outcome"].tolist() == ["keep", "keep", "replace"]
+    assert found["in use"].tolist() == ["start"] * 3
+    # A published method keeps its start: told, and never the best.
+    assert found["other init"].tolist() == pytest.approx([np.nan, 10.0, np.nan], nan_ok=True)
     grid.write_text(grid.read_text() + "defaults: [{when: {method: mdm}, set: {init: noise}}]\n")
-    assert search_outcome(pd.DataFrame(rows), grid).set_index("method").index.tolist() == [
-        "covmatch"
-    ]  # other points, which have no record
+    left = search_outcome(pd.DataFrame(rows), grid)["method"].tolist()
+    assert left == ["covmatch", "moments"]  # the others are other points, which have no record
     assert search_outcome(pd.DataFrame(rows).iloc[:2], grid).empty  # a start alone

@@ -10,7 +10,17 @@ from mmdd.config import RunConfig
 from mmdd.distill import METHODS, CovMatchConfig
 from mmdd.encoders import PAIRS
 from mmdd.errors import ConfigError
-from mmdd.presets import INIT, PAPER, SELECTION, STUDENTS, TUNED, merge, preset
+from mmdd.presets import (
+    INIT,
+    OURS,
+    PAPER,
+    SELECTION,
+    STUDENTS,
+    TUNED,
+    TUNED_INIT,
+    merge,
+    preset,
+)
 from mmdd.protocols import PROTOCOLS
 from mmdd.runs import run
 from mmdd.selection import SELECTORS
@@ -162,6 +172,13 @@ def test_a_method_starts_where_its_paper_does_unless_told_otherwise(name: str) -
     assert preset(name, method="mdm", protocol="image+text_head", init="random").init == "random"
     assert preset(name, method="covmatch").init == "random"
     assert set(INIT) <= set(METHODS)
+
+
+def test_only_the_methods_of_this_project_have_a_start_that_was_tuned() -> None:
+    assert set(METHODS) >= OURS >= {method for method, _, _ in TUNED_INIT}
+    for (method, _, protocol), start in TUNED_INIT.items():
+        assert preset("small", method=method, protocol=protocol).init == start
+        assert preset("small", method=method, protocol=protocol, init="random").init == "random"
 
 
 def test_published_numbers() -> None:
