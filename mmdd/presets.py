@@ -147,6 +147,7 @@ _MDM: dict[str, Any] = {
 # On photos fewer and shorter ones, to fit into minutes on a CPU.
 _PHOTO_MDM = _MDM["experts"] | {"count": 4, "epochs": 3}
 _MATCHING = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.1}
+_PHOTO_MATCHING = {"iterations": 100, "lr_text": 0.003, "real_batch": 64}
 _MOMENTS = {"iterations": 150, "optimizer": "adam", "lr_image": 0.03, "lr_text": 0.03}
 _TOKENS = {"lr_text": 0.002}  # entries of token embeddings are a twentieth of those of features
 
@@ -208,12 +209,18 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mdm", "cifar-minilm", "image+text_head"): _MDM
     | {"iterations": 100, "real_batch": 64, "lr_text": 0.003, "experts": _PHOTO_MDM},
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("tesla", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("tesla-wbce", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("cov-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("moment-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("moments", "cifar-minilm", "image+text_head"): _MOMENTS
     | {"iterations": 100, "lr_text": 0.003},
     ("lors", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
     ("repblend", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY | {"lr_similarity": 0.003},
+    ("amd", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY
+    | {"lr_similarity": 0.003, "max_start_text": 1},
+    ("dc", "cifar-minilm", "image+text_head"): _MATCHING | {"model_steps": 1} | _PHOTO_MATCHING,
+    ("dm", "cifar-minilm", "image+text_head"): _MATCHING | {"normalize": True} | _PHOTO_MATCHING,
 }
 
 # Students, by (encoder pair, protocol): one choice for all methods.
