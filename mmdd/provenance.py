@@ -67,13 +67,15 @@ def _imported(modules: list[str]) -> dict[str, str]:
         relative = _file(queue.pop(), _PACKAGE)
         if relative is None or relative in found or relative in _WITHOUT_EFFECT:
             continue
-        found[relative], names = _read(relative, (_PACKAGE / relative).read_text(encoding="utf-8"))
+        found[relative], names = normalised(
+            relative, (_PACKAGE / relative).read_text(encoding="utf-8")
+        )
         queue += names
     return found
 
 
 @cache  # a store holds runs of many kinds, which share most files
-def _read(relative: str, text: str) -> tuple[str, list[str]]:
+def normalised(relative: str, text: str) -> tuple[str, list[str]]:
     """What counts of a file, as text, and the modules of the package that it imports."""
     tree = ast.parse(text)
     if relative in _REGISTRIES:

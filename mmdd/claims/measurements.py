@@ -15,7 +15,7 @@ import torch
 from mmdd.claims import measure
 from mmdd.errors import ArtefactError, StoreError
 from mmdd.files import atomic_write_text, file_sha256
-from mmdd.provenance import _read, environment, source_hash
+from mmdd.provenance import normalised, environment, source_hash
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def code_today(shown: Path) -> str:
     """
     path = Path(measure.__file__)
     # Not as a plug-in of `source_hash`: the page and the rule of the claims would count as well.
-    own, _ = _read("claims/measure.py", path.read_text(encoding="utf-8"))
+    own, _ = normalised("claims/measure.py", path.read_text(encoding="utf-8"))
     runs = sorted({f"{c.run_id} {c.source_hash}" for c in measure.configurations()})
     sets = [file_sha256(shown / f"{name}.safetensors") for name in measure.CLUSTERED.values()]
     return source_hash("mmdd.statistics", entries=(own, *runs, *sets))
