@@ -15,7 +15,7 @@ import torch
 from mmdd.claims import measure
 from mmdd.errors import ArtefactError, StoreError
 from mmdd.files import atomic_write_text, file_sha256
-from mmdd.provenance import normalised, environment, source_hash
+from mmdd.provenance import environment, normalised, source_hash
 
 
 @dataclass(frozen=True)
