@@ -190,12 +190,12 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     # CovMatch and the moments have there, and what sweeps/tune_both.yaml found better.
     ("mtt", "scenes-tiny", "both"): _LONGER | _TOKENS,
     ("tesla", "scenes-tiny", "both"): _LONGER | _TOKENS,
-    ("tesla-wbce", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("tesla-wbce", "scenes-tiny", "both"): _LONGER | _TOKENS,
     ("lors", "scenes-tiny", "both"): _LONGER | _TOKENS | {"lr_similarity": 0.003},
-    ("amd", "scenes-tiny", "both"): _TRAJECTORY
+    ("amd", "scenes-tiny", "both"): _LONGER
     | _TOKENS
     | {"lr_similarity": 0.003, "max_start_epoch": 6, "max_start_text": 3},
-    ("cov-trajectory", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
+    ("cov-trajectory", "scenes-tiny", "both"): _LONGER | _TOKENS | {"snapshot": "start"},
     ("moment-trajectory", "scenes-tiny", "both"): _TRAJECTORY | _TOKENS,
     ("mdm", "scenes-tiny", "both"): _MDM | _TOKENS,
     ("dc", "scenes-tiny", "both"): _MATCHING | {"model_steps": 1, "iterations": 300} | _TOKENS,
