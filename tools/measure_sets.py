@@ -6,6 +6,8 @@ for grid in scenes_covmatch scenes_mdm scenes_peers scenes_selection beyond budg
     python -m mmdd sweep sweeps/$grid.yaml --results out
 done
 python tools/measure_sets.py out/*/sets
+
+What was measured before of a set that is not there stays, where its run and code are today's.
 """
 
 import json
@@ -75,13 +77,20 @@ def main(folders: list[Path]) -> None:
     model = build_model(first.model)
     captions = captions_of(dataset, model)
     reference = trained_reference(dataset, build_model(first.model))
+    before = {}
+    if TARGET.exists():
+        old = json.loads(TARGET.read_text())
+        if old["dataset"] == dataset.fingerprint:
+            before = {(row["set_id"], row["source_hash"]): row for row in old["sets"]}
     rows: list[dict[str, Any]] = []
     for config in wanted():
         about = {"method": config.method, "pairs": config.pairs, "protocol": config.protocol}
         about |= {"seed": config.seed}
         pairs = find(folders, config)
         if pairs is None:
-            print("not found:", about, config.set_id)
+            kept = before.get((config.set_id, config.set_source_hash))
+            print("as before:" if kept else "not found:", about, config.set_id)
+            rows += [kept] if kept else []
             continue
         start = start_of(pairs, dataset, model)
         numbers = measure(pairs, start, captions, model, reference)
