@@ -1,4 +1,4 @@
-"""Measure the mechanisms that claims ask for (about seven minutes on one core).
+"""Measure the mechanisms that claims ask for (about a quarter of an hour on one core).
 
 python -m mmdd.claims results/mechanisms.json
 """
