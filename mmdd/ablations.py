@@ -99,15 +99,61 @@ def coverage(results: pd.DataFrame, *grids: str | Path) -> str:
     return f"{len(wanted & set(results['run_id']))} of {len(wanted)} runs"
 
 
-def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
-    """What searches found that change one thing at a time, and whether it is to be taken over.
+def search_trials(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
+    """Every trial of searches that change one thing at a time, beside where its search starts.
 
     grids: sweep files; of each method in a file, under each protocol, the first point is where the
-    search starts, and the others are its trials. A trial counts when its recall on validation is
-    above that of the start by more than two standard errors, of the students of both: the least
-    that a difference must have, as there is one distillation seed, and the best of many is
-    flattered by having been picked. A published method keeps the start of the set that it is
-    published with: what another one gains is told, and is never the best.
+    search starts, and the others are its trials.
+
+    One row for each trial that is there with its start: grid (the file's name), dataset, protocol,
+    method, changed, words such as "iterations = 240", init and own init, of the trial and of the
+    start, start, start std, recall and recall std (validation, percent, the deviations over
+    students), gain, and 2 errors, two standard errors of the gain by the students of both: the
+    least that a difference must have, as there is one distillation seed. in use: which of the two
+    the file's preset has today, "start", "trial" or "other". Book: notebooks/12_ablate_init.
+    """
+    of_run = results.groupby("run_id")["validation_mean"].agg(["mean", "std", "count"])
+    told = []
+    for grid in grids:
+        size = read_sweep(Path(grid))[0].preset
+        searches: dict[tuple[str, str, str], list[RunConfig]] = {}
+        for point in load_sweep(grid):
+            search = (point.dataset.name, point.protocol, point.method)
+            searches.setdefault(search, []).append(point)
+        for key, (start, *trials) in searches.items():
+            for trial in trials:
+                if not {start.run_id, trial.run_id} <= set(of_run.index):
+                    continue
+                one, two = of_run.loc[start.run_id], of_run.loc[trial.run_id]
+                errors = one["std"] ** 2 / one["count"] + two["std"] ** 2 / two["count"]
+                told.append(
+                    {"grid": Path(grid).stem}
+                    | dict(zip(["dataset", "protocol", "method"], key, strict=True))
+                    | {
+                        "changed": _difference(start, trial),
+                        "init": trial.init,
+                        "own init": start.init,
+                        "start": one["mean"],
+                        "start std": one["std"],
+                        "recall": two["mean"],
+                        "recall std": two["std"],
+                        "gain": two["mean"] - one["mean"],
+                        "2 errors": 2 * errors**0.5,
+                        "in use": _in_use(size, start, trial),
+                    }
+                )
+    names = ["grid", "dataset", "protocol", "method", "changed", "init", "own init"]
+    scores = ["start", "start std", "recall", "recall std", "gain", "2 errors"]
+    return pd.DataFrame(told, columns=[*names, *scores, "in use"])
+
+
+def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
+    """What searches found (`search_trials`), and whether it is to be taken over.
+
+    A trial counts when its recall on validation is above that of the start by more than two
+    standard errors; the best of many is flattered by having been picked. A published method keeps
+    the start of the set that it is published with: what another one gains is told, and is never the
+    best.
 
     One row for each (dataset, protocol, method) whose start and one trial are there: trials (with
     the start), start, best (what the best trial changed), gain, 2 errors (percent), outcome,
@@ -115,50 +161,29 @@ def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     "other", and other init, what the best start of another kind gains for a published method, NaN
     where none was tried. Book: notebooks/09_comparison.
     """
-    grouped = results.groupby("run_id")["validation_mean"]
-    recall = {str(run): float(x) for run, x in grouped.mean().items()}
-    errors = grouped.var() / grouped.size()
-    squared_error = {str(run): float(x) for run, x in errors.items()}
     told = []
-    for grid in grids:
-        size = read_sweep(Path(grid))[0].preset
-        searches: dict[tuple[str, str, str], list[RunConfig]] = {}
-        for point in load_sweep(grid):
-            searches.setdefault((point.dataset.name, point.protocol, point.method), []).append(
-                point
-            )
-        for key, (start, *others) in searches.items():
-            tried = [point for point in others if point.run_id in recall]
-            own = [p for p in tried if p.method in OURS or p.init == start.init]
-            if start.run_id not in recall or not own:
-                continue
-            best = max(own, key=lambda point: recall[point.run_id])
-            gain = recall[best.run_id] - recall[start.run_id]
-            needed = 2 * (squared_error[best.run_id] + squared_error[start.run_id]) ** 0.5
-            told.append(
-                dict(zip(["dataset", "protocol", "method"], key, strict=True))
-                | {
-                    "trials": 1 + len(tried),
-                    "start": recall[start.run_id],
-                    "best": _difference(start, best),
-                    "gain": gain,
-                    "2 errors": needed,
-                    "outcome": "replace" if gain > needed else "keep",
-                    "in use": _in_use(size, start, best),
-                    "other init": max(
-                        (recall[p.run_id] - recall[start.run_id] for p in tried if p not in own),
-                        default=math.nan,
-                    ),
-                }
-            )
+    of_search = ["grid", "dataset", "protocol", "method"]
+    for key, tried in search_trials(results, *grids).groupby(of_search, sort=False):
+        allowed = tried["method"].isin(OURS) | tried["init"].eq(tried["own init"])
+        if not allowed.any():
+            continue
+        best = tried.iloc[int(tried["gain"].where(allowed).argmax())]
+        told.append(
+            dict(zip(of_search, key, strict=True))
+            | {"trials": 1 + len(tried), "start": best["start"], "best": best["changed"]}
+            | {"gain": best["gain"], "2 errors": best["2 errors"]}
+            | {"outcome": "replace" if best["gain"] > best["2 errors"] else "keep"}
+            | {"in use": "best" if best["in use"] == "trial" else best["in use"]}
+            | {"other init": tried["gain"].mask(allowed).max()}
+        )
     names = ["dataset", "protocol", "method", "trials", "start", "best", "gain"]
     return pd.DataFrame(told, columns=[*names, "2 errors", "outcome", "in use", "other init"])
 
 
-def _in_use(size: str, start: RunConfig, best: RunConfig) -> str:
+def _in_use(size: PresetName, start: RunConfig, trial: RunConfig) -> str:
     """Which of two runs has the settings that a preset has today."""
     today = preset(size, method=start.method, protocol=start.protocol)
-    for name, run in (("start", start), ("best", best)):
+    for name, run in (("start", start), ("trial", trial)):
         if (run.settings, run.init) == (today.settings, today.init):
             return name
     return "other"
