@@ -12,6 +12,7 @@ from mmdd.ablations import (
     in_sweeps,
     only,
     search_outcome,
+    search_trials,
     setting,
     verdict,
     with_changes,
@@ -200,6 +201,13 @@ grid:
         own = [p for p in points if p.method == method]
         for point, students in zip(own, of_method, strict=True):
             rows += [{"run_id": point.run_id, "validation_mean": value} for value in students]
+    trials = search_trials(pd.DataFrame(rows), grid)
+    assert trials["method"].tolist() == ["covmatch"] * 2 + ["mdm"] * 3 + ["moments"]
+    assert trials["gain"].tolist() == [2.0, 1.0, 1.0, -20.0, 10.0, 10.0]
+    assert trials.loc[4, ["changed", "init", "own init", "start", "recall"]].tolist() == [
+        *("init = herding", "herding", points[1].init, 30.5, 40.5),
+    ]
+    assert trials.loc[[0, 1], ["start std", "recall std"]].to_numpy() == pytest.approx(2**0.5)
     found = search_outcome(pd.DataFrame(rows), grid).set_index("method")
     assert found["trials"].to_dict() == {"covmatch": 3, "mdm": 4, "moments": 2}
     assert found["start"].to_dict() == {"covmatch": 41.0, "mdm": 30.5, "moments": 20.5}
