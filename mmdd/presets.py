@@ -212,7 +212,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mtt", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("tesla", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("tesla-wbce", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
-    ("cov-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
+    ("cov-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY
+    | {"snapshot": "start"},
     ("moment-trajectory", "cifar-minilm", "image+text_head"): _PHOTO_TRAJECTORY,
     ("moments", "cifar-minilm", "image+text_head"): _MOMENTS
     | {"iterations": 100, "lr_text": 0.003},
