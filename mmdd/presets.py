@@ -173,6 +173,15 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
     ("lors", "scenes-tiny", "heads"): _LONGER | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
     ("mtt", "scenes-tiny", "heads"): _LONGER,
+    ("tesla", "scenes-tiny", "heads"): _LONGER,
+    ("tesla-wbce", "scenes-tiny", "heads"): _LONGER,
+    ("amd", "scenes-tiny", "heads"): _LONGER
+    | {
+        "lr_similarity": 0.003,
+        "student_lr_heads": 0.3,
+        "max_start_epoch": 6,
+        "max_start_text": 3,
+    },
     ("cov-trajectory", "scenes-tiny", "image+text_head"): _LONGER,
     ("cov-trajectory", "scenes-tiny", "heads"): _LONGER,
     ("moment-trajectory", "scenes-tiny", "image+text_head"): _LONGER,
@@ -186,6 +195,8 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mdm", "scenes-tiny", "heads"): _MDM | {"lr_text": 0.3},
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1, "iterations": 300},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
+    ("dc", "scenes-tiny", "heads"): _MATCHING | {"model_steps": 1, "iterations": 300},
+    ("dm", "scenes-tiny", "heads"): _MATCHING | {"normalize": True},
     # With texts as token embeddings: the settings of `image+text_head` with the step on texts that
     # CovMatch and the moments have there, and what sweeps/tune_both.yaml found better.
     ("mtt", "scenes-tiny", "both"): _LONGER | _TOKENS,
