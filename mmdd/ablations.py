@@ -150,10 +150,10 @@ def search_trials(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
 def search_outcome(results: pd.DataFrame, *grids: str | Path) -> pd.DataFrame:
     """What searches found (`search_trials`), and whether it is to be taken over.
 
-    A trial counts when its recall on validation is above that of the start by more than two
-    standard errors; the best of many is flattered by having been picked. A published method keeps
-    the start of the set that it is published with: what another one gains is told, and is never the
-    best.
+    The best trial decides: it replaces the start when its recall on validation is above by more
+    than two standard errors, and a lesser one does not, however alike its students are. The best of
+    many is flattered by having been picked. A published method keeps the start of the set that it
+    is published with: what another one gains is told, and is never the best.
 
     One row for each (dataset, protocol, method) whose start and one trial are there: trials (with
     the start), start, best (what the best trial changed), gain, 2 errors (percent), outcome,

@@ -212,8 +212,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("dc", "scenes-tiny", "both"): _MATCHING | {"model_steps": 1, "iterations": 300} | _TOKENS,
     ("dm", "scenes-tiny", "both"): _MATCHING | {"normalize": True} | _TOKENS,
     # On photos four trials for each method (sweeps/tune_equal_photos.yaml) replaced one starting
-    # value, CovMatch's real batch of 64. TESLA, AMD, DC, DM (the grid has their trials) and `both`:
-    # starting values.
+    # value, CovMatch's real batch of 64.
     ("covmatch", "cifar-minilm", "image+text_head"): _COVMATCH
     | {"iterations": 100, "rho": 1.5, "lr_text": 0.003, "real_batch": 256},
     ("covmatch", "cifar-minilm", "both"): _COVMATCH
