@@ -174,7 +174,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("lors", "scenes-tiny", "heads"): _LONGER | {"lr_similarity": 0.003, "student_lr_heads": 0.3},
     ("mtt", "scenes-tiny", "heads"): _LONGER,
     ("tesla", "scenes-tiny", "heads"): _LONGER,
-    ("tesla-wbce", "scenes-tiny", "heads"): _LONGER,
+    ("tesla-wbce", "scenes-tiny", "heads"): _LONGER | {"iterations": 480},
     ("amd", "scenes-tiny", "heads"): _LONGER
     | {
         "lr_similarity": 0.003,
@@ -195,7 +195,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Any]] = {
     ("mdm", "scenes-tiny", "heads"): _MDM | {"lr_text": 0.3},
     ("dc", "scenes-tiny", "image+text_head"): _MATCHING | {"model_steps": 1, "iterations": 300},
     ("dm", "scenes-tiny", "image+text_head"): _MATCHING | {"normalize": True},
-    ("dc", "scenes-tiny", "heads"): _MATCHING | {"model_steps": 1, "iterations": 300},
+    ("dc", "scenes-tiny", "heads"): _MATCHING | {"model_steps": 1, "iterations": 600},
     ("dm", "scenes-tiny", "heads"): _MATCHING | {"normalize": True},
     # With texts as token embeddings: the settings of `image+text_head` with the step on texts that
     # CovMatch and the moments have there, and what sweeps/tune_both.yaml found better.
